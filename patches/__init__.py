@@ -1,0 +1,62 @@
+"""Cures for faults of Megatron-Core, one a file; `python -m patches` lists them.
+
+An entry point calls `patches.apply()` before it imports anything of Megatron.
+"""
+
+import importlib
+import logging
+import os
+import pkgutil
+import sys
+
+from patches.patch import Patch, PatchDriftError
+
+__all__ = ["Patch", "PatchDriftError", "apply", "load"]
+
+logger = logging.getLogger(__name__)
+
+_applied: list[str] = []
+
+
+def load() -> dict[str, Patch]:
+    """Every patch by the name of its file, in the order in which they are applied.
+
+    Those of torch come first: some have to stand before Megatron is imported.
+    """
+    names = [m.name for m in pkgutil.iter_modules(__path__) if m.name.startswith(("cpu_", "fix_"))]
+    found = {name: importlib.import_module(f"patches.{name}").PATCH for name in names}
+    return dict(sorted(found.items(), key=lambda item: not _is_torch_only(item[1])))
+
+
+def apply() -> list[str]:
+    """Apply the patches that this machine needs and return their names.
+
+    A second call does nothing and returns the same names. Raises PatchDriftError, with nothing
+    of Megatron patched, where a version or a source is not the one that a patch knows, and
+    RuntimeError where Megatron was imported first.
+    """
+    if _applied:
+        return list(_applied)
+    if "megatron.core" in sys.modules:
+        raise RuntimeError(
+            "patches.apply() came after an import of Megatron, which has bound the faulty "
+            "functions by now: call it before the first megatron import of the program."
+        )
+    needed = {name: patch for name, patch in load().items() if patch.needed()}
+    for name, patch in needed.items():
+        patch.check_versions(name)
+    for torch_only in (True, False):
+        stage = {n: p for n, p in needed.items() if _is_torch_only(p) is torch_only}
+        for name, patch in stage.items():
+            patch.check_sources(name)
+        for name, patch in stage.items():
+            for target in patch.targets:
+                target.install()
+            _applied.append(name)
+    if os.environ.get("RANK", "0") == "0":
+        logger.info("patches applied: %s", ", ".join(_applied))
+    return list(_applied)
+
+
+def _is_torch_only(patch: Patch) -> bool:
+    return all(target.path.startswith("torch") for target in patch.targets)

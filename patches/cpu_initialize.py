@@ -1,0 +1,38 @@
+"""pretrain() insists on CUDA, although initialize_megatron() can do without."""
+
+from collections.abc import Callable
+from functools import partial, update_wrapper
+
+from patches.patch import Patch, Target
+
+
+def without_cuda(initialize_megatron: Callable) -> Callable:
+    """initialize_megatron with its own `allow_no_cuda` switched on."""
+    return update_wrapper(partial(initialize_megatron, allow_no_cuda=True), initialize_megatron)
+
+
+def reproduces() -> bool:
+    """True where pretrain does not hand `allow_no_cuda` on."""
+    import inspect
+
+    from megatron.training.training import pretrain
+
+    return "allow_no_cuda" not in inspect.getsource(pretrain)
+
+
+PATCH = Patch(
+    reason="pretrain() never passes allow_no_cuda, so that initialize_megatron() stops without a "
+    "GPU",
+    upstream="not reported",
+    versions={"megatron-core": "==0.19.*"},
+    when="no GPU",
+    targets=(
+        Target(
+            "megatron.training.initialize:initialize_megatron",
+            "d9b467adcaed1325",
+            without_cuda,
+            also=("megatron.training.training:initialize_megatron",),
+        ),
+    ),
+    reproduces=reproduces,
+)

@@ -1,0 +1,24 @@
+"""Every test runs with the patches applied and one thread a process."""
+
+import os
+
+# Before torch is imported: it reads the number of threads then.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+import pytest
+import torch
+
+import patches
+
+patches.apply()
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what needs a GPU where there is none."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device; torch.cuda.is_available() is false")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
