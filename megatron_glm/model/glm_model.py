@@ -1,0 +1,99 @@
+"""GLMModel and its builder: all that touches Megatron's GPTModel.
+
+GPTModel is announced as deprecated upstream, so every contact with it stands in this file.
+"""
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.pipeline_parallel.utils import (
+    is_pp_first_stage,
+    is_pp_last_stage,
+    is_vp_first_stage,
+    is_vp_last_stage,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training.models.gpt import GPTModelBuilder
+
+from megatron_glm.model.embedding import GradientShrink, shrink_alpha
+from megatron_glm.model.layer_spec import glm_block_spec
+from megatron_glm.model.rotary import rotary_angles
+
+ANGLE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+class GLMModel(GPTModel):
+    """One pipeline stage of a GLM.
+
+    `forward(input_ids, position_ids, attention_mask, labels=None)` is GPTModel's, with
+    input_ids, position_ids, labels [b, s] int64 and, in the place of a mask, `attention_mask` =
+    the samples of each sequence, [b, 2, k] int32: row 0 their context lengths, row 1 their ends
+    (see megatron_glm/model/attention/bounds.py). Returns per-token losses [b, s] or, without
+    labels, logits [b, s, v / tp]; hidden states [s, b, h] on a stage that is not the last.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gradient_shrink = None
+        if self.pre_process or self.post_process:
+            # A fused weight gradient goes around autograd and so around the shrink.
+            if self.post_process:
+                self.output_layer.gradient_accumulation_fusion = False
+            self.gradient_shrink = GradientShrink(
+                self.shared_embedding_or_output_weight(), shrink_alpha(self.config, 0)
+            )
+
+    def set_consumed_samples(self, consumed_samples: int) -> None:
+        """Moves what is scheduled in samples: the embedding gradient shrink."""
+        if self.gradient_shrink is not None:
+            self.gradient_shrink.alpha = shrink_alpha(self.config, consumed_samples)
+
+    def _preprocess(self, input_ids, position_ids, *args, **kwargs):
+        decoder_input, _, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+        # Full length under sequence parallelism too: queries and keys are gathered before they
+        # are rotated.
+        angles = rotary_angles(
+            position_ids,
+            self.config.kv_channels,
+            self.rotary_base,
+            ANGLE_DTYPES[self.config.rotary_angle_dtype],
+        )
+        return decoder_input, angles, *rest
+
+
+class GLMModelBuilder(GPTModelBuilder):
+    """Builds the GLMModel of one pipeline stage; wrapping for training is Megatron's."""
+
+    def build_model(
+        self,
+        pg_collection: ProcessGroupCollection,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> GLMModel:
+        model_config = self._model_config
+        config = model_config.transformer
+        vp_size = config.virtual_pipeline_model_parallel_size
+        if pre_process is None:
+            pre_process = is_vp_first_stage(vp_stage, vp_size) and is_pp_first_stage(
+                pg_collection.pp
+            )
+        if post_process is None:
+            post_process = is_vp_last_stage(vp_stage, vp_size) and is_pp_last_stage(
+                pg_collection.pp
+            )
+        return GLMModel(
+            config=config,
+            transformer_layer_spec=glm_block_spec(config, vp_stage, pg_collection.pp.rank()),
+            vocab_size=model_config.vocab_size,
+            max_sequence_length=model_config.seq_length,
+            pre_process=pre_process,
+            post_process=post_process,
+            fp16_lm_cross_entropy=model_config.fp16_lm_cross_entropy,
+            parallel_output=model_config.parallel_output,
+            share_embeddings_and_output_weights=True,
+            position_embedding_type="none",
+            rotary_base=model_config.rotary_base,
+            scatter_embedding_sequence_parallel=model_config.scatter_embedding_sequence_parallel,
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
+        )

@@ -1,0 +1,122 @@
+"""What a checkpoint was trained with, stored in it and compared before anything is loaded.
+
+Megatron stores its flags with a checkpoint and compares three of them. A GLM that is continued
+with other rotary angles, another position scheme or another tokenizer loads without a word and
+learns something else, so all of that is compared here, with the cure in the message.
+"""
+
+import contextlib
+import io
+import os
+from argparse import Namespace
+from typing import NamedTuple
+
+from megatron_glm.errors import GLMError
+
+
+class Setting(NamedTuple):
+    """A flag that shapes what weights mean."""
+
+    dest: str
+    flag: str
+
+
+SETTINGS = (
+    Setting("num_layers", "--num-layers"),  # and with it DeepNorm's alpha
+    Setting("hidden_size", "--hidden-size"),
+    Setting("ffn_hidden_size", "--ffn-hidden-size"),
+    Setting("num_attention_heads", "--num-attention-heads"),
+    Setting("kv_channels", "--kv-channels"),
+    Setting("padded_vocab_size", "--padded-vocab-size"),
+    Setting("layernorm_epsilon", "--norm-epsilon"),
+    Setting("rotary_base", "--rotary-base"),
+    Setting("rotary_angle_dtype", "--rotary-angle-dtype"),
+    Setting("unified_multitask_encoding", "--unified-multitask-encoding"),
+    Setting("tokenizer_fingerprint", "--tokenizer-model"),
+)
+# Meant to be shown, not to be typed.
+_NO_VALUE = "(not stored)"
+
+
+class CheckpointMismatchError(GLMError):
+    """A checkpoint was made with settings that differ from the flags."""
+
+
+def current_settings(args: Namespace) -> dict:
+    """The settings of this run, as they go into `args.glm_settings` and so into checkpoints."""
+    return {setting.dest: getattr(args, setting.dest) for setting in SETTINGS}
+
+
+def compare_settings(saved: dict, current: dict, checkpoint: str) -> None:
+    """Raises CheckpointMismatchError that lists every setting of the checkpoint that differs."""
+    lines = [
+        f"  {setting.flag}: {saved.get(setting.dest, _NO_VALUE)} in the checkpoint, "
+        f"{current[setting.dest]} now"
+        for setting in SETTINGS
+        if saved.get(setting.dest, _NO_VALUE) != current[setting.dest]
+    ]
+    if lines:
+        raise CheckpointMismatchError(
+            f"{checkpoint} was trained with other settings:\n" + "\n".join(lines) + "\n"
+            "Give the flags of the checkpoint, or another --load; nothing was loaded or overwritten."
+        )
+
+
+def check_checkpoints(args: Namespace) -> None:
+    """Compares this run's settings with those of the checkpoints that it would load.
+
+    CheckpointMismatchError where they differ, and where --save already holds a run that --load
+    does not continue, which would be overwritten checkpoint by checkpoint.
+    """
+    from megatron.training.checkpointing import checkpoint_exists
+
+    for directory in (args.load, args.pretrained_checkpoint):
+        if directory is not None and checkpoint_exists(directory):
+            _check_checkpoint(args, directory)
+    if args.save is not None and checkpoint_exists(args.save):
+        if args.load is None or not os.path.samefile(args.save, args.load):
+            raise CheckpointMismatchError(
+                f"--save {args.save} holds a run already, which this one would overwrite: give the "
+                "same directory to --load to continue it, or another one to --save"
+            )
+
+
+def _check_checkpoint(args: Namespace, directory: str) -> None:
+    saved = _saved_args(args, directory)
+    settings = getattr(saved, "glm_settings", None)
+    if settings is None:
+        raise CheckpointMismatchError(
+            f"{directory} holds no GLM settings: it was not written by pretrain_glm.py or "
+            "tools/convert_checkpoint.py"
+        )
+    compare_settings(settings, current_settings(args), directory)
+    other_layout = any(
+        getattr(saved, size) != getattr(args, size)
+        for size in ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+    )
+    if (
+        other_layout
+        and saved.use_distributed_optimizer
+        and not saved.dist_ckpt_optim_fully_reshardable
+        and not (args.finetune or args.no_load_optim)
+        and directory == args.load
+    ):
+        raise CheckpointMismatchError(
+            f"{directory} was saved by the distributed optimizer at TP "
+            f"{saved.tensor_model_parallel_size}, PP {saved.pipeline_model_parallel_size} without "
+            "--dist-ckpt-optim-fully-reshardable, so its optimizer state cannot be read at another "
+            "layout: resume at that one and save once with the flag, or drop the state with "
+            "--no-load-optim"
+        )
+
+
+def _saved_args(args: Namespace, directory: str) -> Namespace:
+    from megatron.training.checkpointing import _load_base_checkpoint
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        state_dict, *_ = _load_base_checkpoint(directory, args, rank0=True)
+    if not state_dict or "args" not in state_dict:
+        raise CheckpointMismatchError(
+            f"{directory} cannot be read as a checkpoint: no arguments are stored in it"
+        )
+    return state_dict["args"]

@@ -1,0 +1,139 @@
+"""Pre-trains a GLM by blank infilling on Megatron-Core; start it with torchrun.
+
+    torchrun --nproc-per-node 1 pretrain_glm.py --glm-preset tiny --data-path PREFIX ...
+
+README.md has whole commands; `python pretrain_glm.py --help` prints every flag.
+"""
+
+import patches
+
+patches.apply()
+
+from argparse import Namespace  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
+from functools import cache, partial  # noqa: E402
+
+import torch  # noqa: E402
+from megatron.core.enums import ModelType  # noqa: E402
+from megatron.core.parallel_state import (  # noqa: E402
+    get_tensor_model_parallel_group,
+    get_tensor_model_parallel_rank,
+)
+from megatron.core.rerun_state_machine import get_rerun_state_machine  # noqa: E402
+from megatron.core.utils import unwrap_model  # noqa: E402
+from megatron.training import get_args, get_timers, pretrain  # noqa: E402
+from megatron.training.argument_utils import (  # noqa: E402
+    core_transformer_config_from_args,
+    gpt_config_from_args,
+    pretrain_cfg_container_from_args,
+)
+from megatron.training.global_vars import get_tokenizer  # noqa: E402
+
+from megatron_glm.arguments import (  # noqa: E402
+    exit_with_one_line,
+    parse_glm_args,
+    pin_padded_vocab_size,
+)
+from megatron_glm.data.builder import train_valid_test_datasets  # noqa: E402
+from megatron_glm.data.config import dataset_config_from_args, objective_names  # noqa: E402
+from megatron_glm.data.tokenizer import GLMTokenizer, build_tokenizer  # noqa: E402
+from megatron_glm.model.config import GLMModelConfig, GLMTransformerConfig  # noqa: E402
+from megatron_glm.model.glm_model import GLMModel, check_mask_conformance  # noqa: E402
+from megatron_glm.training.batch import Batch, next_batch  # noqa: E402
+from megatron_glm.training.loss import LossParts, token_loss  # noqa: E402
+from megatron_glm.training.settings import check_checkpoints, current_settings  # noqa: E402
+
+
+def tokenizer_from_args(args: Namespace) -> GLMTokenizer:
+    """Builds the tokenizer where Megatron would, and pins the vocabulary and the settings."""
+    tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, args.text_scheme)
+    pin_padded_vocab_size(args, tokenizer.vocab_size)
+    args.tokenizer_fingerprint = tokenizer.fingerprint
+    # Megatron stores its arguments with every checkpoint, and these with them.
+    args.glm_settings = current_settings(args)
+    check_checkpoints(args)
+    return tokenizer
+
+
+def model_config_from_args(args: Namespace) -> GLMModelConfig:
+    transformer = core_transformer_config_from_args(args, config_class=GLMTransformerConfig)
+    config = gpt_config_from_args(args, transformer, GLMModelConfig)
+    if args.mask_conformance_check:
+        config.post_wrap_hooks.append(check_mask_conformance)
+    return config
+
+
+def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple:
+    """Train, validation and test datasets, on tensor parallel rank 0 of every stage.
+
+    Every stage and virtual stage reads its own batches, so each is given a dataset.
+    """
+    return train_valid_test_datasets(
+        dataset_config_from_args(get_args(), get_tokenizer()),
+        num_samples,
+        is_built_on_rank=lambda: get_tensor_model_parallel_rank() == 0,
+    )
+
+
+# Every rank takes part: Megatron's builder lets rank 0 write the caches while the others wait.
+datasets_provider.is_distributed = True
+
+
+@cache
+def loss_parts() -> LossParts:
+    args = get_args()
+    return LossParts(
+        objective_names(args), sources=dict(enumerate(args.source_names)),
+        vocab_size=args.padded_vocab_size,
+    )
+
+
+def loss_func(batch: Batch, training: bool, losses: torch.Tensor) -> tuple:
+    """Sum, number of targets and report of a micro-batch, as Megatron's schedules take them."""
+    losses = losses.float()
+    loss, num_tokens = token_loss(losses, batch)
+    if get_args().check_for_nan_in_loss_and_grad:
+        for name, is_bad in (("NaN", torch.isnan), ("Inf", torch.isinf)):
+            get_rerun_state_machine().validate_result(
+                result=loss, rejection_func=is_bad, tolerance=0.0, fatal=True,
+                message=f"found {name} in the loss of a micro-batch; the last whole checkpoint is "
+                "untouched: resume from it with a smaller --shrink-embedding-gradient-alpha or "
+                "--lr, or another --seed to see other data",
+            )
+    return loss, num_tokens, loss_parts()(losses.detach(), batch, training)
+
+
+def forward_step(data_iterator: Iterator | None, model: torch.nn.Module) -> tuple:
+    """Runs one micro-batch through this stage; returns its output and the loss function of it."""
+    args, timers = get_args(), get_timers()
+    glm: GLMModel = unwrap_model(model)
+    glm.set_consumed_samples(args.consumed_train_samples)
+
+    timers("batch-generator", log_level=2).start()
+    batch = next_batch(
+        data_iterator,
+        micro_batch_size=args.micro_batch_size if glm.training else args.eval_micro_batch_size,
+        seq_length=args.seq_length,
+        num_samples=args.max_samples_per_sequence,
+        device=next(glm.parameters()).device,
+        tp_group=get_tensor_model_parallel_group(),
+    )
+    timers("batch-generator").stop()
+
+    losses = model(batch.tokens, batch.position_ids, batch.samples, labels=batch.labels)
+    return losses, partial(loss_func, batch, glm.training)
+
+
+def main() -> None:
+    args = parse_glm_args(tokenizer_from_args)
+    with exit_with_one_line(args):
+        pretrain(
+            pretrain_cfg_container_from_args(args, model_config_from_args(args)),
+            datasets_provider,
+            ModelType.encoder_or_decoder,
+            forward_step,
+        )
+
+
+if __name__ == "__main__":
+    main()
