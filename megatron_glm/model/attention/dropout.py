@@ -1,0 +1,89 @@
+"""Dropout of attention probabilities as a pure function of a seed and a position.
+
+Whether the probability of (sequence, head, query, key) is kept is a hash of these four and two
+random words. So no backend stores a mask, every backend drops the same ones, and a recomputed
+forward equals the first: Megatron restores the generator from which the seed is drawn.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Odd multipliers of two-round integer finalisers with low bias (as in Murmur3 and lowbias32),
+# written as the int32 that has the same bits.
+MIX = (0x7FEB352D, -0x795294B5)
+HASH = (-0x7A143595, -0x3D4D51CB)
+GOLDEN = -0x61C88647
+
+
+class Dropout(NamedTuple):
+    """What one call of attention drops."""
+
+    probability: float
+    """Share of the probabilities that become 0, in (0, 1); the others grow by 1 / (1 - share)."""
+    seed: Tensor
+    """Two random words, int32 [2], on the device of the query."""
+
+    @property
+    def keep_probability(self) -> float:
+        """1 - probability."""
+        return 1.0 - self.probability
+
+    @property
+    def threshold(self) -> int:
+        """A hash, read as int32, below this is kept."""
+        return round(self.keep_probability * 2**32) - 2**31
+
+
+def draw_dropout(probability: float, device: torch.device) -> Dropout | None:
+    """Draw the seed of one call from the default generator of `device`, without a sync.
+
+    Returns:
+        None where `probability` is 0.
+    """
+    if probability == 0.0:
+        return None
+    seed = torch.randint(-(2**31), 2**31, (2,), device=device, dtype=torch.int64)
+    return Dropout(probability, seed.to(torch.int32))
+
+
+def _shift_xor(x: Tensor, bits: int) -> Tensor:
+    """x ^ (x >> bits) with the logical shift that int32 lacks."""
+    return x ^ ((x >> bits) & ((1 << (32 - bits)) - 1))
+
+
+def mix(x: Tensor) -> Tensor:
+    """A bijection of int32 in which every output bit depends on every input bit."""
+    x = _shift_xor(x, 16) * MIX[0]
+    x = _shift_xor(x, 15) * MIX[1]
+    return _shift_xor(x, 16)
+
+
+def query_word(seed: Tensor, row: Tensor, query: Tensor) -> Tensor:
+    """int32 word of a query; `row` numbers the (sequence, head) pairs of the call."""
+    return mix(mix(row.to(torch.int32) * GOLDEN + seed[0]) + query.to(torch.int32))
+
+
+def key_word(seed: Tensor, key: Tensor) -> Tensor:
+    """int32 word of a key, the same for every sequence and head."""
+    return mix(key.to(torch.int32) * GOLDEN + seed[1])
+
+
+def is_kept(query_words: Tensor, key_words: Tensor, threshold: int) -> Tensor:
+    """Whether the probability of each pair of words is kept, bool, broadcast over both."""
+    word = (query_words ^ key_words) * HASH[0]
+    return _shift_xor(word, 15) * HASH[1] < threshold
+
+
+def keep_mask(dropout: Dropout, row: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Mask of what is kept, bool [*row.shape, queries, keys].
+
+    Args:
+        dropout: rate and seed.
+        row: integer tensor of any shape, the (sequence, head) pairs as sequence * n + head.
+        query, key: integer tensors [queries] and [keys], positions in the sequence.
+    """
+    queries = query_word(dropout.seed, row[..., None], query)
+    keys = key_word(dropout.seed, key)
+    return is_kept(queries[..., None], keys, dropout.threshold)
