@@ -10,7 +10,7 @@ SCRIPT = Path(__file__).parents[2] / "tools" / "find_python.sh"
 
 @pytest.fixture
 def machine(tmp_path):
-    """An empty machine: a HOME and a PATH on which there are only the tools that the script uses."""
+    """An empty machine: a HOME, and a PATH with only the programs that the script uses."""
     bin_dir = tmp_path / "bin"
     bin_dir.mkdir()
     (bin_dir / "bash").symlink_to("/bin/bash")
