@@ -1,0 +1,1 @@
+"""Attention over packed samples whose context is bidirectional: one interface, one file a backend."""

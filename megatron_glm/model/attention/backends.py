@@ -13,7 +13,7 @@ Attention = Callable[..., Tensor]
 """What a backend is: attention(query, key, value, samples, *, softmax_scale, dropout=None), with
 the shapes of `reference.attention`."""
 
-BACKENDS = ("reference", "sdpa", "chunked")
+BACKENDS = ("reference", "sdpa", "chunked", "flex")
 """Names that `--glm-attention-backend` takes besides auto; each is a module beside this one."""
 
 

@@ -1,0 +1,101 @@
+"""Prefix attention on torch's FlexAttention: a block mask made on the device from the samples.
+
+On a GPU the kernel is compiled once, shapes as they come; the samples are its tensors, so no
+step, prefix length or packing recompiles it, and running out of recompilations raises instead of
+falling back to the dense form. Elsewhere it runs uncompiled, which is dense: for tests.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from megatron_glm.model.attention.bounds import Bounds, token_bounds
+from megatron_glm.model.attention.dropout import Dropout, is_kept, key_word, query_word
+
+BLOCK = 128
+"""Rows and columns of a block of the mask; blocks that nothing sees are never visited."""
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    samples: Tensor,
+    *,
+    softmax_scale: float,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """Block-sparse attention; arguments and result as `reference.attention`.
+
+    The kernel has no dropout. With it, a second pass hides the scores of what is dropped, and
+    exp(log-sum-exp of the kept - log-sum-exp of all) restores the normaliser: exact, at twice
+    the work.
+    """
+    seq_length, batch, heads, dim = query.shape
+    attend = _kernel(query.device.type)
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    options = {"block_mask": block_mask(token_bounds(samples, seq_length)), "scale": softmax_scale}
+    if dropout is None:
+        out = attend(q, k, v, **options)
+    else:
+        _, every = attend(q, k, v, **options, return_aux=AuxRequest(lse=True))
+        out, kept = attend(
+            q, k, v, **options, return_aux=AuxRequest(lse=True),
+            score_mod=_hide_dropped(dropout, batch, heads, seq_length),
+        )
+        share = (kept.lse - every.lse).exp() / dropout.keep_probability
+        out = (out * share[..., None]).to(query.dtype)
+    return out.permute(2, 0, 1, 3).reshape(seq_length, batch, heads * dim)
+
+
+@cache
+def _kernel(device):
+    return torch.compile(flex_attention, fullgraph=True) if device == "cuda" else flex_attention
+
+
+def block_mask(bounds: Bounds) -> BlockMask:
+    """FlexAttention's mask from the intervals of `bounds`, by blocks, without a sync."""
+    key_start, key_end = bounds.key_start, bounds.key_end
+    batch, seq_length = key_start.shape
+    block_start = torch.arange(0, seq_length, BLOCK, device=key_start.device)
+    block_end = (block_start + BLOCK).clamp_max(seq_length)
+    first, last = block_start, block_end - 1
+    # Both ends of the interval grow along the rows: the first row of a block sees furthest back
+    # and its last row furthest ahead; what the two have in common, every row of the block sees.
+    some = (block_end > key_start[:, first, None]) & (block_start < key_end[:, last, None])
+    full = (block_start >= key_start[:, last, None]) & (block_end <= key_end[:, first, None])
+
+    def visible(b, h, q, k):
+        return (k >= key_start[b, q]) & (k < key_end[b, q])
+
+    return BlockMask.from_kv_blocks(
+        *_block_lists(some & ~full),
+        *_block_lists(full),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=visible,
+        seq_lengths=(seq_length, seq_length),
+    )
+
+
+def _block_lists(blocks):
+    """Count and, padded by the others, indices of the True key blocks of each query block."""
+    blocks = blocks[:, None]
+    count = blocks.sum(dim=-1, dtype=torch.int32)
+    indices = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return count, indices.to(torch.int32)
+
+
+def _hide_dropped(dropout, batch, heads, seq_length):
+    device = dropout.seed.device
+    token = torch.arange(seq_length, device=device)
+    row = torch.arange(batch * heads, device=device).view(batch, heads, 1)
+    query_words = query_word(dropout.seed, row, token)
+    key_words = key_word(dropout.seed, token)
+
+    def hide(score, b, h, q, k):
+        kept = is_kept(query_words[b, h, q], key_words[k], dropout.threshold)
+        return torch.where(kept, score, -float("inf"))
+
+    return hide
