@@ -1,1 +1,5 @@
-"""Attention over packed samples whose context is bidirectional: one interface, one file a backend."""
+"""Attention over packed samples with a bidirectional context: one interface, one file a backend."""
+
+from megatron_glm.model.attention.backends import BACKENDS
+
+__all__ = ["BACKENDS"]
