@@ -1,0 +1,1 @@
+"""From indexed files of tokens to packed sequences of blanks."""
