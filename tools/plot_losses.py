@@ -1,0 +1,69 @@
+"""Draw the losses of a run, by objective, from its log.
+
+    tools/plot_losses.py LOG --output losses.png [--baseline baseline.json]
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt  # noqa: E402
+
+from megatron_glm.training.log_lines import read_losses  # noqa: E402
+
+
+def draw(train: dict, valid: dict, baseline: dict[str, float], output: Path) -> None:
+    """Write a picture of loss curves.
+
+    train, valid: {objective: {iteration: nats per token}}. baseline: {objective: nats per token},
+    drawn as a level line. output: its suffix chooses the format.
+    """
+    names = [name for name in train if name] or list(train)
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for index, name in enumerate(names):
+        color = f"C{index}"
+        label = name or "all"
+        axes.plot(*_points(train[name]), color=color, alpha=0.5, label=f"{label}, training")
+        if valid.get(name):
+            axes.plot(*_points(valid[name]), color=color, marker="o", label=f"{label}, held out")
+        if name in baseline:
+            axes.axhline(
+                baseline[name], color=color, linestyle="--", label=f"{label}, unigram model"
+            )
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(output, dpi=120)
+    plt.close(figure)
+
+
+def _points(curve: dict[int, float]) -> tuple[list[int], list[float]]:
+    return list(curve), list(curve.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("log", type=Path, help="what pretrain_glm.py printed")
+    parser.add_argument("--output", type=Path, required=True, help="picture to write, e.g. a .png")
+    parser.add_argument(
+        "--baseline", type=Path, help="what tools/measure_unigram.py wrote, to draw as level lines"
+    )
+    args = parser.parse_args()
+    with args.log.open(errors="replace") as lines:
+        train, valid = read_losses(lines)
+    if not train:
+        sys.exit(f"plot_losses: {args.log} reports no losses: is it the log of pretrain_glm.py?")
+    baseline = json.loads(args.baseline.read_text()) if args.baseline else {}
+    draw(train, valid, baseline, args.output)
+
+
+if __name__ == "__main__":
+    main()
