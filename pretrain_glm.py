@@ -59,7 +59,13 @@ def model_config_from_args(args: Namespace) -> GLMModelConfig:
     transformer = core_transformer_config_from_args(args, config_class=GLMTransformerConfig)
     config = gpt_config_from_args(args, transformer, GLMModelConfig)
     if args.mask_conformance_check:
-        config.post_wrap_hooks.append(check_mask_conformance)
+        config.post_wrap_hooks.append(
+            partial(
+                check_mask_conformance,
+                micro_batch_size=args.micro_batch_size,
+                max_samples=args.max_samples_per_sequence,
+            )
+        )
     return config
 
 
@@ -82,10 +88,8 @@ datasets_provider.is_distributed = True
 @cache
 def loss_parts() -> LossParts:
     args = get_args()
-    return LossParts(
-        objective_names(args), sources=dict(enumerate(args.source_names)),
-        vocab_size=args.padded_vocab_size,
-    )
+    sources = dict(enumerate(args.source_names))
+    return LossParts(objective_names(args), sources, args.padded_vocab_size)
 
 
 def loss_func(batch: Batch, training: bool, losses: torch.Tensor) -> tuple:

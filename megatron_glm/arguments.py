@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from megatron.training.argument_utils import ArgumentGroupFactory
 
-from megatron_glm.data.config import GLMDataArguments
-from megatron_glm.data.tokenizer import TOKENIZER_TYPES
+from megatron_glm.data.config import GLMDataArguments, default_max_samples
+from megatron_glm.data.tokenizer import TEXT_SCHEMES, TOKENIZER_TYPES
 from megatron_glm.errors import GLMError
-from megatron_glm.model.attention import BACKENDS
+from megatron_glm.model.attention.backends import BACKENDS
 from megatron_glm.model.config import GLMArchitecture
 from megatron_glm.presets import PRESETS
 
@@ -38,6 +38,11 @@ class GLMRunArguments:
     )
     """A published size: number of layers, hidden, FFN and head sizes, sequence length. Every field
     of it is overridden by its own flag."""
+
+    text_scheme: str | None = field(
+        default=None, metadata={"argparse_meta": {"choices": TEXT_SCHEMES}}
+    )
+    """How an IceTokenizer treats white space; must be the scheme that the data was made with."""
 
     mask_conformance_check: bool = field(
         default=True,
@@ -227,6 +232,10 @@ def check_flags(args: Namespace) -> None:
                 f"{args.num_attention_heads}: the head dimension must be an even integer (rotary "
                 "positions turn pairs)"
             )
+
+
+def check_tokenizer_flags(args: Namespace) -> None:
+    """Raises FlagError where no tokenizer is given."""
     for flag in ("tokenizer_type", "tokenizer_model"):
         if getattr(args, flag) is None:
             raise FlagError(
@@ -236,11 +245,13 @@ def check_flags(args: Namespace) -> None:
 
 
 def fill_derived(args: Namespace) -> None:
-    """Sets what follows from other flags and was not given."""
+    """Sets what follows from other flags and was not given, in `args` and in the environment."""
+    # Tensor parallelism overlaps rightly only when kernels start in the order of their launch.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if args.seq_length and args.seq_length > args.max_position_embeddings:
         args.max_position_embeddings = args.seq_length
-    if args.micro_batch_size is None:
-        args.micro_batch_size = 1
+    if args.seq_length and args.max_samples_per_sequence is None:
+        args.max_samples_per_sequence = default_max_samples(args.seq_length)
 
 
 def pin_padded_vocab_size(args: Namespace, vocab_size: int) -> None:
@@ -275,11 +286,10 @@ def parse_glm_args(build_tokenizer: Callable[[Namespace], Any]) -> Namespace:
     from megatron.training import global_vars
     from megatron.training.arguments import parse_args, validate_args
 
-    # Tensor parallelism overlaps rightly only when kernels start in the order of their launch.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     args = parse_args(add_glm_arguments)
     with exit_with_one_line(args, AssertionError):
         check_flags(args)
+        check_tokenizer_flags(args)
         fill_derived(args)
         validate_args(args)
         global_vars.build_tokenizer = build_tokenizer

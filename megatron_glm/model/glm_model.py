@@ -3,6 +3,8 @@
 GPTModel is announced as deprecated upstream, so every contact with it stands in this file.
 """
 
+import logging
+
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel.utils import (
@@ -12,11 +14,16 @@ from megatron.core.pipeline_parallel.utils import (
     is_vp_last_stage,
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import unwrap_model
 from megatron.training.models.gpt import GPTModelBuilder
 
+from megatron_glm.model.attention.conformance import check_backend
 from megatron_glm.model.embedding import GradientShrink, shrink_alpha
 from megatron_glm.model.layer_spec import glm_block_spec
 from megatron_glm.model.rotary import rotary_angles
+
+# It tells users of GPTModel to move to another class, at every start and on every stage.
+logging.getLogger(GPTModel.__module__).setLevel(logging.ERROR)
 
 ANGLE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -58,6 +65,35 @@ class GLMModel(GPTModel):
             ANGLE_DTYPES[self.config.rotary_angle_dtype],
         )
         return decoder_input, angles, *rest
+
+
+def check_mask_conformance(
+    chunks: list[torch.nn.Module], *, micro_batch_size: int, max_samples: int
+) -> list[torch.nn.Module]:
+    """Proves prefix attention on this stage's real backend, layout and dtype before training.
+
+    chunks: the stage's models, wrapped as Megatron trains them; returned as they are, as Megatron
+    expects of a hook after wrapping. Raises MaskConformanceError on every rank of a tensor
+    parallel group in which one fails.
+    """
+    for model in map(unwrap_model, chunks):
+        for layer in model.decoder.layers[:1]:
+            weight = layer.self_attention.linear_qkv.weight
+            attention = layer.self_attention.core_attention
+            check_backend(
+                attention.backend,
+                dropout_probability=attention.dropout_probability,
+                batch=micro_batch_size,
+                seq_length=model.max_sequence_length,
+                heads=layer.self_attention.num_attention_heads_per_partition,
+                dim=model.config.kv_channels,
+                max_samples=max_samples,
+                dtype=weight.dtype,
+                device=weight.device,
+                group=model.pg_collection.tp,
+            )
+            return chunks
+    return chunks
 
 
 class GLMModelBuilder(GPTModelBuilder):

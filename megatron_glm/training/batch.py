@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_glm.model.attention.bounds import make_samples
+
 # Per token, then per sample of the pack: the order of the columns in the packed tensor.
 TOKEN_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 SAMPLE_KEYS = ("context_lengths", "sample_ends", "objectives", "sources")
@@ -33,7 +35,7 @@ class Batch:
     @property
     def samples(self) -> Tensor:
         """What the model takes for a mask: [b, 2, k] int32, context lengths and ends."""
-        return torch.stack((self.context_lengths, self.sample_ends), dim=1).int()
+        return make_samples(self.context_lengths, self.sample_ends)
 
     def per_token(self, per_sample: Tensor) -> Tensor:
         """Spreads a value of each sample, [b, k], to its tokens, [b, s]."""

@@ -18,20 +18,11 @@ def build_glm(
     num_attention_heads: int = 4,
     vocab_size: int = 512,
     seq_length: int = 96,
-    tp: int = 1,
-    pp: int = 1,
-    vp: int | None = None,
-    seed: int = 1234,
     **options,
 ) -> list[GLMModel]:
-    """The model chunks of this rank, dropout off unless asked for; sets up the parallel groups."""
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        virtual_pipeline_model_parallel_size=vp,
-    )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    """The model chunks of this rank in the parallel layout that is set up; dropout is off unless
+    asked for."""
+    vp = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     defaults = dict(hidden_dropout=0.0, attention_dropout=0.0, init_method_std=0.0052,
                     params_dtype=torch.float32, pipeline_dtype=torch.float32)
     config = GLMTransformerConfig(
@@ -39,10 +30,9 @@ def build_glm(
         hidden_size=hidden_size,
         ffn_hidden_size=ffn_hidden_size,
         num_attention_heads=num_attention_heads,
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
+        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
         virtual_pipeline_model_parallel_size=vp,
-        sequence_parallel=options.pop("sequence_parallel", False),
         **defaults | options,
     )
     builder = GLMModelBuilder(

@@ -6,21 +6,15 @@ import torch
 
 from megatron_glm.model.deepnorm import DeepNormLayerNorm
 from tests.model.building import build_glm
-from tests.ranks import RankPool
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
 NUM_LAYERS, HIDDEN, FFN, HEADS = 8, 256, 704, 8
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    with RankPool(4) as pool:
-        yield pool
-
-
-def initial_weights(tp: int) -> dict[str, np.ndarray]:
+def initial_weights() -> dict[str, np.ndarray]:
     (model,) = build_glm(num_layers=NUM_LAYERS, hidden_size=HIDDEN, ffn_hidden_size=FFN,
-                         num_attention_heads=HEADS, tp=tp)
+                         num_attention_heads=HEADS)
     return {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
 
 
@@ -37,9 +31,11 @@ def assert_std(values: np.ndarray, std: float, what: str) -> None:
 
 
 @pytest.mark.parametrize("tp", [1, 4])
-def test_initialisation_of_every_matrix(ranks, tp):
+def test_initialisation_of_every_matrix(tp):
     beta = (2 * NUM_LAYERS) ** -0.5
-    for rank, weights in enumerate(ranks.run(initial_weights, tp, world_size=tp)):
+    for rank, weights in enumerate(
+        run_ranks(initial_weights, world_size=tp, tensor_model_parallel_size=tp)
+    ):
         for name, weight in weights.items():
             what = f"rank {rank} {name}"
             if name.endswith("linear_qkv.weight"):
@@ -59,8 +55,10 @@ def test_initialisation_of_every_matrix(ranks, tp):
                 assert name.endswith("bias") and (weight == 0).all(), what
 
 
-def test_tensor_parallel_shards_are_drawn_apart(ranks):
-    first, second = ranks.run(initial_weights, 2, world_size=2)
+def test_tensor_parallel_shards_are_drawn_apart():
+    first, second = run_ranks(
+        initial_weights, world_size=2, tensor_model_parallel_size=2
+    )
     name = "decoder.layers.0.self_attention.linear_qkv.weight"
     assert abs(np.corrcoef(first[name].ravel(), second[name].ravel())[0, 1]) < 0.02
 
@@ -81,6 +79,6 @@ def residual_stream() -> tuple[np.ndarray, np.ndarray]:
     return output.detach().numpy(), expected.numpy()
 
 
-def test_the_residual_is_the_scaled_norm(ranks):
-    (result,) = ranks.run(residual_stream, world_size=1)
+def test_the_residual_is_the_scaled_norm():
+    (result,) = run_ranks(residual_stream, world_size=1)
     np.testing.assert_allclose(*result, rtol=1e-5, atol=1e-6)

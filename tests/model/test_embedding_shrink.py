@@ -6,21 +6,15 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from tests.model.building import build_glm, forward_logits
-from tests.ranks import RankPool
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
 SEQUENCE, VOCABULARY = 24, 128
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    with RankPool(2) as pool:
-        yield pool
-
-
-def tied_gradients(alpha: float, tp: int, pp: int) -> dict[str, np.ndarray]:
+def tied_gradients(alpha: float) -> dict[str, np.ndarray]:
     """Gradients of this rank's copies of the tied weight, another weight's, and the logits."""
-    (model,) = build_glm(vocab_size=VOCABULARY, seq_length=SEQUENCE, tp=tp, pp=pp,
+    (model,) = build_glm(vocab_size=VOCABULARY, seq_length=SEQUENCE,
                          shrink_embedding_gradient_alpha=alpha)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(VOCABULARY, (2, SEQUENCE), generator=generator)
@@ -47,9 +41,11 @@ def tied_gradients(alpha: float, tp: int, pp: int) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("tp, pp", [(1, 1), (2, 1), (1, 2)])
-def test_gradient_is_exactly_alpha_of_the_one_without(ranks, tp, pp):
-    plain = ranks.run(tied_gradients, 1.0, tp, pp, world_size=tp * pp)
-    shrunk = ranks.run(tied_gradients, 0.1, tp, pp, world_size=tp * pp)
+def test_gradient_is_exactly_alpha_of_the_one_without(tp, pp):
+    layout = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    plain, shrunk = (
+        run_ranks(tied_gradients, alpha, world_size=tp * pp, **layout) for alpha in (1.0, 0.1)
+    )
     tied = set()
     for without, with_shrink in zip(plain, shrunk, strict=True):
         assert without.keys() == with_shrink.keys()

@@ -6,32 +6,33 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 
 from megatron_glm.checkpoint.sat import load_full_state_dict
 from megatron_glm.checkpoint.table import shard
+from megatron_glm.model.glm_model import GLMModel
 from tests.model.building import build_glm, forward_logits, sample_bounds
-from tests.ranks import RankPool
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
 GOLDEN = Path(__file__).parent.parent / "data" / "golden" / "glm130b_tiny"
+TP = "tensor_model_parallel_size"
+PP = "pipeline_model_parallel_size"
+# Megatron's layout, and whether sequence parallelism is on.
 LAYOUTS = {
-    "one rank": dict(tp=1, pp=1),
-    "tp 2": dict(tp=2, pp=1),
-    "tp 2 with sequence parallelism": dict(tp=2, pp=1, sequence_parallel=True),
-    "pp 2": dict(tp=1, pp=2),
-    "pp 2 interleaved": dict(tp=1, pp=2, vp=2),
-    "tp 2 x pp 2": dict(tp=2, pp=2),
+    "one rank": ({}, False),
+    "tp 2": ({TP: 2}, False),
+    "tp 2 with sequence parallelism": ({TP: 2}, True),
+    "pp 2": ({PP: 2}, False),
+    "pp 2 interleaved": ({PP: 2, "virtual_pipeline_model_parallel_size": 2}, False),
+    "tp 2 x pp 2": ({TP: 2, PP: 2}, False),
 }
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    with RankPool(4) as pool:
-        yield pool
-
-
-def load_golden_weights(chunks, tp_rank: int, tp: int) -> None:
+def load_golden_weights(chunks: list[GLMModel]) -> None:
     """Copies this rank's part of the golden checkpoint into every parameter."""
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    tp = parallel_state.get_tensor_model_parallel_world_size()
     full = load_full_state_dict(GOLDEN / "sat")
     for chunk in chunks:
         first_layer = chunk.decoder.layers[0].layer_number - 1 if chunk.decoder.layers else 0
@@ -49,13 +50,9 @@ def _global_name(name: str, first_layer: int) -> str:
     return name
 
 
-def golden_logits(angle_dtype: str, layout: dict) -> np.ndarray | None:
-    from megatron.core import parallel_state
-
-    chunks = build_glm(rotary_angle_dtype=angle_dtype, **layout)
-    load_golden_weights(
-        chunks, parallel_state.get_tensor_model_parallel_rank(), layout["tp"]
-    )
+def golden_logits(angle_dtype: str, sequence_parallel: bool) -> np.ndarray | None:
+    chunks = build_glm(rotary_angle_dtype=angle_dtype, sequence_parallel=sequence_parallel)
+    load_golden_weights(chunks)
     cases = np.load(GOLDEN / "cases.npz")
     tokens = torch.from_numpy(cases["tokens"])
     logits = forward_logits(
@@ -69,13 +66,15 @@ def golden_logits(angle_dtype: str, layout: dict) -> np.ndarray | None:
 
 @pytest.mark.parametrize("angle_dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_logits_equal_the_released_code(ranks, name, angle_dtype):
-    layout = LAYOUTS[name]
-    world_size = layout["tp"] * layout["pp"]
-    results = ranks.run(golden_logits, angle_dtype, layout, world_size=world_size)
+def test_logits_equal_the_released_code(name, angle_dtype):
+    layout, sequence_parallel = LAYOUTS[name]
+    tp = layout.get(TP, 1)
+    results = run_ranks(
+        golden_logits, angle_dtype, sequence_parallel, world_size=tp * layout.get(PP, 1), **layout
+    )
     cases = np.load(GOLDEN / "cases.npz")
     expected = cases["logits" if angle_dtype == "fp32" else "logits_fp16_rope"]
-    for logits in results[-layout["tp"]:]:
+    for logits in results[-tp:]:
         assert np.abs(logits - expected).max() < 1e-4
         if angle_dtype == "fp32":
             loss = F.cross_entropy(

@@ -7,6 +7,8 @@ from importlib import import_module
 
 from torch import Tensor
 
+from megatron_glm.errors import GLMError
+
 logger = logging.getLogger(__name__)
 
 Attention = Callable[..., Tensor]
@@ -22,10 +24,10 @@ def load_backend(name: str) -> Attention:
     """The attention function of a backend; imports what it needs on first use.
 
     Raises:
-        ValueError: a name outside BACKENDS.
+        GLMError: a name outside BACKENDS.
     """
     if name not in BACKENDS:
-        raise ValueError(
+        raise GLMError(
             f"--glm-attention-backend {name}: unknown; use auto or one of {', '.join(BACKENDS)}"
         )
     return import_module(f"{__package__}.{name}").attention

@@ -13,6 +13,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from megatron_glm.errors import GLMError
 from megatron_glm.model.attention.backends import select_backend
 from megatron_glm.model.attention.bounds import SampleRange, make_samples, sample_ranges
 from megatron_glm.model.attention.dropout import Dropout
@@ -21,7 +22,7 @@ MIN_SEQ_LENGTH = 16
 """Shortest sequence whose pack has a context, targets and a neighbour of each."""
 
 
-class MaskConformanceError(RuntimeError):
+class MaskConformanceError(GLMError):
     """The attention that would train the model does not obey GLM's mask."""
 
 
@@ -162,7 +163,10 @@ def _check(respond, name, batch, seq_length, max_samples, device, group, every_r
     violations = _agree(violations, group)
     if violations:
         more = f"; {len(violations) - 1} more violations" if len(violations) > 1 else ""
-        raise MaskConformanceError(f"{name} breaks GLM's mask: {violations[0]}{more}")
+        raise MaskConformanceError(
+            f"{name} breaks GLM's mask: {violations[0]}{more}. Train with another "
+            "--glm-attention-backend, and report this one"
+        )
 
 
 def _agree(violations, group):

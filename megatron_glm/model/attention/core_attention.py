@@ -10,6 +10,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_glm.errors import GLMError
 from megatron_glm.model.attention.backends import load_backend, select_backend
 from megatron_glm.model.attention.dropout import draw_dropout
 
@@ -21,7 +22,7 @@ class PrefixAttention(MegatronModule):
     attention mask; the meaning is in `bounds`.
 
     Raises:
-        ValueError: grouped-query attention, context parallelism, a sliding window, a softmax
+        GLMError: grouped-query attention, context parallelism, a sliding window, a softmax
             offset or query-key layer scaling, none of which GLM has; an unknown backend.
     """
 
@@ -112,4 +113,4 @@ def _refuse_unsupported(config, attention_type):
     )
     for refused, setting, cure in refusals:
         if refused:
-            raise ValueError(f"{setting}: {cure}")
+            raise GLMError(f"{setting}: {cure}")

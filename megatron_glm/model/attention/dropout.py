@@ -70,7 +70,7 @@ def key_word(seed: Tensor, key: Tensor) -> Tensor:
     return mix(key.to(torch.int32) * GOLDEN + seed[1])
 
 
-def is_kept(query_words: Tensor, key_words: Tensor, threshold: int) -> Tensor:
+def is_kept(query_words: Tensor, key_words: Tensor, threshold: int | Tensor) -> Tensor:
     """Whether the probability of each pair of words is kept, bool, broadcast over both."""
     word = (query_words ^ key_words) * HASH[0]
     return _shift_xor(word, 15) * HASH[1] < threshold

@@ -93,9 +93,11 @@ def _hide_dropped(dropout, batch, heads, seq_length):
     row = torch.arange(batch * heads, device=device).view(batch, heads, 1)
     query_words = query_word(dropout.seed, row, token)
     key_words = key_word(dropout.seed, token)
+    # A tensor, as a number would be part of the compiled kernel.
+    threshold = torch.full((), dropout.threshold, dtype=torch.int32, device=device)
 
     def hide(score, b, h, q, k):
-        kept = is_kept(query_words[b, h, q], key_words[k], dropout.threshold)
+        kept = is_kept(query_words[b, h, q], key_words[k], threshold)
         return torch.where(kept, score, -float("inf"))
 
     return hide

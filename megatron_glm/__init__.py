@@ -1,0 +1,1 @@
+"""What makes Megatron-Core the trainer of GLM-130B-style models."""

@@ -1,0 +1,1 @@
+"""The GLM architecture as modules for the slots of Megatron's GPTModel."""

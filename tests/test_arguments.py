@@ -1,0 +1,159 @@
+"""GLM's flags: every one documented, every refusal with flag, value and cure."""
+
+import argparse
+
+import pytest
+from megatron.training.arguments import add_megatron_arguments
+
+from megatron_glm.arguments import (
+    DEFAULTS,
+    RULES,
+    FlagError,
+    add_glm_arguments,
+    check_flags,
+    check_tokenizer_flags,
+    exit_with_one_line,
+    fill_derived,
+    pin_padded_vocab_size,
+)
+from megatron_glm.presets import PRESETS
+
+TOKENIZER = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "tokenizer.json"]
+TABLE_11 = (
+    "--deepnorm --glu-activation geglu --shrink-embedding-gradient-alpha 0.1 --gpt-prob 0.7 "
+    "--mask-prob 0.15 --average-block-length 3 --min-gmask-ratio 0.2 --short-seq-prob 0.02 "
+    "--single-span-prob 0.02 --aggregated-samples-per-sequence 4 --multitask-ratio 0.05"
+).split()
+
+
+@pytest.fixture(scope="module")
+def parser():
+    return megatron_and_glm_parser()
+
+
+def megatron_and_glm_parser() -> argparse.ArgumentParser:
+    return add_glm_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+
+
+@pytest.fixture(autouse=True)
+def no_command_line(monkeypatch):
+    """The preset is read from the command line before parsing."""
+    monkeypatch.setattr("sys.argv", ["pretrain_glm.py"])
+
+
+def parse(parser, *flags):
+    args = parser.parse_args([*TOKENIZER, *flags])
+    check_flags(args)
+    return args
+
+
+def test_flags_of_table_11_are_the_defaults(parser):
+    given, default = parse(parser, *TABLE_11), parse(parser)
+    assert vars(given) == vars(default)
+    assert default.adam_beta2 == 0.95 and default.initial_loss_scale == 65536
+    assert default.calculate_per_token_loss and default.attention_softmax_in_fp32
+
+
+def test_every_glm_flag_explains_itself(parser):
+    groups = [g for g in parser._action_groups if g.title and g.title.startswith("GLM")]
+    assert len(groups) == 3
+    for action in (action for group in groups for action in group._group_actions):
+        assert len(action.help or "") > 20, action.option_strings
+    assert "--gpt-prob" in parser.format_help()
+
+
+def test_rules_and_defaults_name_flags_that_megatron_has(parser):
+    flags = {option: action.dest for action in parser._actions for option in action.option_strings}
+    for rule in RULES:
+        assert flags.get(rule.flag) == rule.dest, rule.flag
+    assert set(DEFAULTS) <= set(flags.values())
+    for preset in PRESETS.values():
+        assert set(preset) <= set(flags.values())
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.flag)
+def test_every_rule_refuses_by_name(parser, rule):
+    args = parse(parser)
+    setattr(args, rule.dest, "something else")
+    with pytest.raises(FlagError, match=rule.flag):
+        check_flags(args)
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["--swiglu"], "--swiglu"),
+    (["--position-embedding-type", "rope"], "--position-embedding-type rope"),
+    (["--norm-epsilon", "1e-6"], "--norm-epsilon 1e-06"),
+    (["--context-parallel-size", "2"], "--context-parallel-size 2"),
+    (["--recompute-modules", "mlp"], "--recompute-modules mlp"),
+    (["--hidden-size", "60", "--num-attention-heads", "12"], "--num-attention-heads 12"),
+    (["--glm-attention-backend", "fast"], "--glm-attention-backend fast"),
+])
+def test_a_flag_that_trains_something_else_is_refused(parser, flags, named):
+    with pytest.raises(FlagError, match=named):
+        parse(parser, *flags)
+
+
+@pytest.mark.parametrize("missing", ["--tokenizer-type", "--tokenizer-model"])
+def test_a_missing_tokenizer_is_named(parser, missing):
+    at = TOKENIZER.index(missing)
+    with pytest.raises(FlagError, match=f"{missing} is missing"):
+        check_tokenizer_flags(parser.parse_args(TOKENIZER[:at] + TOKENIZER[at + 2:]))
+
+
+def test_a_preset_is_a_set_of_defaults(monkeypatch):
+    flags = ["--glm-preset", "130b", "--num-layers", "7"]
+    monkeypatch.setattr("sys.argv", ["pretrain_glm.py", *flags])
+    args = parse(megatron_and_glm_parser(), *flags)
+    assert (args.num_layers, args.hidden_size, args.ffn_hidden_size) == (7, 12288, 32768)
+    assert (args.num_attention_heads, args.seq_length, args.padded_vocab_size) == (96, 2048, 150528)
+
+
+def test_deepnorm_cannot_be_turned_off(parser):
+    from megatron_glm.model.config import GLMArchitecture
+
+    with pytest.raises(ValueError, match="--no-deepnorm"):
+        GLMArchitecture(deepnorm=parser.parse_args(["--no-deepnorm"]).deepnorm)
+
+
+def test_positions_reach_as_far_as_the_sequence(parser):
+    args = parse(parser, "--seq-length", "4096")
+    fill_derived(args)
+    assert args.max_position_embeddings == 4096
+
+
+@pytest.mark.parametrize("vocabulary, flags, expected", [
+    (1000, [], 1024),
+    (1000, ["--tensor-model-parallel-size", "8"], 1024),
+    (150010, ["--make-vocab-size-divisible-by", "768", "--tensor-model-parallel-size", "8"],
+     150528),
+    (1000, ["--padded-vocab-size", "1001"], 1001),
+])
+def test_the_padded_vocabulary_does_not_depend_on_tensor_parallelism(
+    parser, vocabulary, flags, expected
+):
+    args = parse(parser, *flags)
+    pin_padded_vocab_size(args, vocabulary)
+    assert args.padded_vocab_size == expected
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["--padded-vocab-size", "999"], "--padded-vocab-size 999: smaller than the 1000 tokens"),
+    (["--padded-vocab-size", "1001", "--tensor-model-parallel-size", "2"], "not divisible by"),
+])
+def test_a_vocabulary_that_does_not_fit_is_refused(parser, flags, named):
+    with pytest.raises(FlagError, match=named):
+        pin_padded_vocab_size(parse(parser, *flags), 1000)
+
+
+def test_an_error_of_the_user_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        with exit_with_one_line(argparse.Namespace(rank=0)):
+            raise FlagError("--flag 3: must be 4")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "pretrain_glm.py: error: --flag 3: must be 4\n"
+
+
+def test_a_fault_of_the_program_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        with exit_with_one_line(argparse.Namespace(rank=0)):
+            1 / 0  # noqa: B018
