@@ -82,9 +82,10 @@ class IceCodec(Codec):
         return [i + NUM_IMAGE_TOKENS for i in ids]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encoded = self._processor.encode([self._prepare(text) for text in texts], num_threads=1)
+        prepared = [self._prepare(text) for text in texts]
+        encoded = self._processor.encode(prepared, num_threads=1, return_type="numpy")
         skip = len(self._guard)
-        return [np.array(ids[skip:], dtype=self.dtype) + NUM_IMAGE_TOKENS for ids in encoded]
+        return [(ids[skip:] + NUM_IMAGE_TOKENS).astype(self.dtype) for ids in encoded]
 
     def decode_text(self, ids: Sequence[int]) -> str:
         parts = []

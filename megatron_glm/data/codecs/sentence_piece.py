@@ -62,8 +62,8 @@ class SentencePieceCodec(Codec):
         return self._processor.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encoded = self._processor.encode(list(texts), num_threads=1)
-        return [np.array(ids, dtype=self.dtype) for ids in encoded]
+        encoded = self._processor.encode(list(texts), num_threads=1, return_type="numpy")
+        return [ids.astype(self.dtype) for ids in encoded]
 
     def decode_text(self, ids: Sequence[int]) -> str:
         return self._processor.decode(list(ids)) if ids else ""

@@ -1,0 +1,1 @@
+"""From files of text to Megatron's indexed datasets, restartable at any moment."""

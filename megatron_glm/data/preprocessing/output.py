@@ -1,0 +1,267 @@
+"""The output of a run while it grows, and how it survives being killed.
+
+Everything is appended to files in PREFIX.partial. A checkpoint there (state.json, replaced
+atomically) says how long each file was when a certain block was in it; a run that starts again cuts
+the files back to those lengths and goes on with the next block. Blocks are appended in the order
+of the inputs, so the result does not depend on workers, interruptions or speed.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import zlib
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from megatron_glm.data.codecs import Codec
+from megatron_glm.data.indexed import write_index
+from megatron_glm.data.preprocessing.blocks import Cursor
+from megatron_glm.data.preprocessing.encoding import EncodedBlock
+from megatron_glm.data.preprocessing.inputs import InputFile, InputHash
+from megatron_glm.errors import GLMError
+
+REJECTS = "rejects.jsonl"
+STATE = "state.json"
+
+
+@dataclass
+class Snapshot:
+    """The output up to a cursor: length in bytes of each file, CRC-32 of each key's ids, totals."""
+
+    cursor: Cursor = Cursor()
+    lengths: dict[str, int] = field(default_factory=dict)
+    crcs: dict[str, int] = field(default_factory=dict)
+    num_documents: int = 0
+    num_tokens: int = 0
+    num_rejects: int = 0
+    num_input_bytes: int = 0
+
+    def copy(self) -> "Snapshot":
+        return Snapshot.from_json(asdict(self))
+
+    @staticmethod
+    def from_json(values: dict) -> "Snapshot":
+        values = values | {"cursor": Cursor(*values["cursor"])}
+        return Snapshot(**{k: dict(v) if isinstance(v, dict) else v for k, v in values.items()})
+
+
+class Output:
+    """Datasets PREFIX_<key>_<level>.{bin,idx} with their sidecars, one per key.
+
+    settings: what must be equal, besides the inputs, for a run to be the same one. `now` tells how
+    far the output is; a new `Output` of an interrupted run starts where its last checkpoint was.
+    GLMError where PREFIX belongs to another run, or another process is writing it.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        settings: dict,
+        files: Sequence[InputFile],
+        keys: Sequence[str],
+        level: str,
+        codec: Codec,
+    ) -> None:
+        self.prefix = prefix
+        self.settings = settings
+        self.files = files
+        self.keys = tuple(keys)
+        self.codec = codec
+        self.targets = {key: f"{prefix}_{key}_{level}" for key in keys}
+        self.summary_path = Path(f"{prefix}.preprocess.json")
+        self.folder = Path(f"{prefix}.partial")
+        self.now = Snapshot()
+        self._file_start = Snapshot()
+        self._consumed = InputHash()
+        self._streams: dict[str, object] = {}
+        self._finishing = False
+        self._lock = None
+
+    # -- starting and going on
+
+    def is_complete(self) -> bool:
+        """Whether this very run has already been finished."""
+        if not self.summary_path.exists():
+            return False
+        summary = json.loads(self.summary_path.read_text())
+        consumed = InputHash().update_all(self.files).hexdigest()
+        return summary["settings"] == self.settings and summary["inputs_sha256"] == consumed
+
+    def remove_all(self) -> None:
+        """Deletes what an earlier run of the same prefix has left."""
+        for path in self._existing_targets():
+            path.unlink()
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+
+    def _existing_targets(self) -> list[Path]:
+        paths = [Path(t + suffix) for t in self.targets.values() for suffix in (".bin", ".idx")]
+        return [path for path in [self.summary_path, *paths] if path.exists()]
+
+    def open(self) -> None:
+        """Takes the prefix and restores the last checkpoint if there is one."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # A record lock, unlike flock, is not inherited by workers that outlive a killed run.
+        self._lock = (self.folder / "lock").open("w")
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise GLMError(f"--output-prefix {self.prefix}: another process is writing it") from error
+        if (self.folder / STATE).exists():
+            self._restore(json.loads((self.folder / STATE).read_text()))
+        elif existing := self._existing_targets():
+            raise GLMError(
+                f"--output-prefix {self.prefix}: {existing[0]} exists and comes from another run; "
+                "choose another prefix, or replace it with --overwrite"
+            )
+        if not self._finishing:
+            self._open_streams()
+
+    def _restore(self, state: dict) -> None:
+        cure = f"use the same as before, delete {self.folder}, or give --overwrite"
+        for name, value in state["settings"].items():
+            if self.settings.get(name) != value:
+                raise GLMError(
+                    f"{self.folder} holds an interrupted run whose {name} was {value} and not "
+                    f"{self.settings.get(name)}; {cure}"
+                )
+        self.now = Snapshot.from_json(state["now"])
+        self._file_start = Snapshot.from_json(state["file_start"])
+        self._finishing = state["finishing"]
+        index = self.now.cursor.file
+        self._consumed.update_all(self.files[:index])
+        if self._consumed.hexdigest() != state["consumed"]:
+            raise GLMError(
+                f"{self.folder} holds an interrupted run, and the files that it has already read "
+                f"(--input, the first {index}) are others or have changed since; {cure}"
+            )
+        current = list(asdict(self.files[index]).values()) if index < len(self.files) else None
+        if self.now.cursor != Cursor(index) and current != state["current"]:
+            # The file that was being read has been replaced: what came of it is dropped.
+            self.now = self._file_start.copy()
+
+    def _open_streams(self) -> None:
+        names = [f"{key}.{part}" for key in self.keys for part in ("bin", "lengths", "bounds")]
+        for name in [*names, REJECTS]:
+            length = self.now.lengths.setdefault(name, 0)
+            path = self.folder / name
+            if length and (not path.exists() or path.stat().st_size < length):
+                raise GLMError(
+                    f"{path}: shorter than the {length} bytes that {STATE} beside it tells; delete "
+                    f"{self.folder} and start again"
+                )
+            self._streams[name] = path.open("r+b" if path.exists() else "wb")
+            self._streams[name].truncate(length)
+            self._streams[name].seek(length)
+
+    # -- growing
+
+    def append(self, block: EncodedBlock) -> None:
+        """Adds the block that follows those added before."""
+        for key, added in zip(self.keys, block.keys, strict=True):
+            self._write(f"{key}.bin", added.ids)
+            self._write(f"{key}.lengths", added.lengths)
+            self._write(f"{key}.bounds", added.bounds)
+            self.now.crcs[key] = zlib.crc32(added.ids, self.now.crcs.get(key, 0))
+        for reject in block.rejects:
+            line = json.dumps(reject._asdict(), ensure_ascii=False) + "\n"
+            self._write(REJECTS, line.encode(errors="replace"))
+        self.now.num_documents += block.num_documents
+        self.now.num_tokens += block.num_tokens
+        self.now.num_rejects += len(block.rejects)
+        self.now.num_input_bytes += block.num_bytes
+        read = self.files[self.now.cursor.file : block.next.file]
+        self._consumed.update_all(read)
+        self.now.cursor = block.next
+        if read:
+            self._file_start = self.now.copy()
+
+    def _write(self, name: str, data: bytes) -> None:
+        self._streams[name].write(data)
+        self.now.lengths[name] += len(data)
+
+    def last_reject(self) -> str:
+        """Where the newest reject is and why, in words; there must be one."""
+        self._streams[REJECTS].flush()
+        with (self.folder / REJECTS).open("rb") as rejects:
+            last = json.loads(deque(rejects, maxlen=1)[0])
+        return f"{last['file']} line {last['line']} ({last['reason']})"
+
+    def checkpoint(self) -> None:
+        """Makes what was added so far survive a kill, and a loss of power."""
+        for stream in self._streams.values():
+            stream.flush()
+            os.fsync(stream.fileno())
+        index = self.now.cursor.file
+        current = list(asdict(self.files[index]).values()) if index < len(self.files) else None
+        state = {
+            "settings": self.settings,
+            "consumed": self._consumed.hexdigest(),
+            "current": current,
+            "now": asdict(self.now),
+            "file_start": asdict(self._file_start),
+            "finishing": self._finishing,
+        }
+        _replace_json(self.folder / STATE, state)
+
+    # -- finishing
+
+    def finish(self) -> dict:
+        """Gives the datasets their final names; returns the summary that is stored beside them."""
+        self._finishing = True
+        self.checkpoint()
+        self.close_streams()
+        for key, target in self.targets.items():
+            self._finish_key(key, target)
+        if self.now.num_rejects:
+            self._move(REJECTS, f"{self.prefix}.{REJECTS}")
+        summary = {
+            "settings": self.settings,
+            "inputs_sha256": self._consumed.hexdigest(),
+            "num_files": len(self.files),
+            "num_documents": self.now.num_documents,
+            "num_tokens": self.now.num_tokens,
+            "num_rejects": self.now.num_rejects,
+            "datasets": list(self.targets.values()),
+        }
+        _replace_json(self.summary_path, summary)
+        shutil.rmtree(self.folder)
+        return summary
+
+    def close_streams(self) -> None:
+        """Closes the files; without a checkpoint before, what was added since the last is lost."""
+        for stream in self._streams.values():
+            stream.close()
+        self._streams = {}
+
+    def _finish_key(self, key: str, target: str) -> None:
+        folder = self.folder
+        index_crc = write_index(
+            folder / f"{key}.idx",
+            self.codec.dtype,
+            folder / f"{key}.lengths",
+            folder / f"{key}.bounds",
+        )
+        _replace_json(Path(f"{target}.tokenizer.json"), self.codec.fingerprint)
+        checksums = {"bin_crc32": self.now.crcs.get(key, 0), "idx_crc32": index_crc}
+        _replace_json(Path(f"{target}.checksums.json"), checksums)
+        self._move(f"{key}.bin", f"{target}.bin")
+        # The index comes last: without it there is no dataset.
+        self._move(f"{key}.idx", f"{target}.idx")
+
+    def _move(self, name: str, target: str) -> None:
+        # An interrupted finish may have moved it already.
+        if (self.folder / name).exists():
+            os.replace(self.folder / name, target)
+
+
+def _replace_json(path: Path, value: dict) -> None:
+    temporary = path.with_name(path.name + ".new")
+    with temporary.open("w") as out:
+        json.dump(value, out, indent=1)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(temporary, path)

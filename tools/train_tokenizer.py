@@ -1,0 +1,99 @@
+"""Train a tokenizer on a corpus: byte-level BPE by default, SentencePiece on request.
+
+    tools/train_tokenizer.py --input FILE|FOLDER|GLOB ... --vocab-size 16000 --output tokenizer.json
+
+Reads what tools/preprocess_data.py reads. The special tokens of GLM are part of the vocabulary.
+Both kinds give back every text exactly as it was: bytes stand in for unknown characters, nothing is
+normalised and no white space is dropped.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megatron_glm.data.codecs.training import train_byte_level_bpe, train_sentence_piece
+from megatron_glm.data.preprocessing.blocks import Cursor, read_blocks
+from megatron_glm.data.preprocessing.documents import Document, read_documents
+from megatron_glm.data.preprocessing.inputs import FORMATS, find_inputs
+from megatron_glm.errors import GLMError
+
+TRAINERS = {
+    "HuggingFaceTokenizer": train_byte_level_bpe,
+    "SentencePieceTokenizer": train_sentence_piece,
+}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        epilog=__doc__.split("\n\n", 2)[2],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--input", nargs="+", required=True, help="files, folders and globs")
+    parser.add_argument("--input-format", choices=FORMATS,
+                        help="format of all inputs, whatever their suffix")
+    parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys to take text from")
+    parser.add_argument("--max-bytes", type=int,
+                        help="bytes of the inputs to train on, spread over them; default: all")
+    parser.add_argument("--tokenizer-type", choices=list(TRAINERS), default="HuggingFaceTokenizer",
+                        help="HuggingFaceTokenizer: byte-level BPE in a tokenizer.json; "
+                             "SentencePieceTokenizer: BPE in a .model")
+    parser.add_argument("--vocab-size", type=int, required=True,
+                        help="tokens, the special ones included")
+    parser.add_argument("--output", type=Path, required=True, help="file to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing --output")
+    return parser.parse_args()
+
+
+def read_texts(args: argparse.Namespace) -> Iterator[str]:
+    """The texts of the corpus, under a progress bar; what cannot be read is passed over."""
+    files = find_inputs(args.input, args.input_format)
+    total = sum(file.num_bytes for file in files)
+    share = min(1.0, (args.max_bytes or total) / max(1, total))
+    taken = seen = 0
+    num_rejects = 0
+    interval = 0.5 if sys.stderr.isatty() else 10
+    with tqdm(total=total, unit="B", unit_scale=True, desc="read", mininterval=interval) as bar:
+        for block in read_blocks(files, args.json_keys, "file", Cursor()):
+            bar.update(block.num_bytes)
+            seen += block.num_bytes
+            if taken > share * seen:
+                continue
+            taken += block.num_bytes
+            for item in read_documents(block, args.json_keys):
+                if isinstance(item, Document):
+                    yield from item.texts
+                else:
+                    num_rejects += 1
+    if num_rejects:
+        print(f"{num_rejects} bad documents were passed over", file=sys.stderr)
+
+
+def train(args: argparse.Namespace) -> None:
+    """The whole tool; GLMError for what a user can cure."""
+    if args.output.exists() and not args.overwrite:
+        raise GLMError(f"--output {args.output}: exists; choose another, or give --overwrite")
+    data = TRAINERS[args.tokenizer_type](read_texts(args), args.vocab_size)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = args.output.with_name(args.output.name + ".new")
+    temporary.write_bytes(data)
+    os.replace(temporary, args.output)
+    print(f"{args.output}: {args.vocab_size} tokens; use --tokenizer-type {args.tokenizer_type} "
+          f"--tokenizer-model {args.output}")
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        train(args)
+    except GLMError as error:
+        sys.exit(f"train_tokenizer.py: error: {error}")
+
+
+if __name__ == "__main__":
+    main()
