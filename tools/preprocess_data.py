@@ -38,8 +38,8 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--input-format", choices=FORMATS,
                        help="format of all inputs, whatever their suffix")
     group.add_argument("--json-keys", nargs="+", default=["text"],
-                       help="keys (or parquet columns) to take, one dataset each; instruction data: "
-                            "inputs targets")
+                       help="keys (or parquet columns) to take, one dataset each; for instruction "
+                            "data: inputs targets")
     group.add_argument("--text-documents", choices=("file", "blank-line"), default="file",
                        help="plain text: a document is a whole file, or ends at a blank line")
     group.add_argument("--split-sentences", action="store_true",
@@ -82,7 +82,7 @@ def preprocess(args: argparse.Namespace) -> None:
     files = find_inputs(args.input, args.input_format)
     if len(args.json_keys) > 1 and any(file.format == "text" for file in files):
         raise GLMError(
-            f"--json-keys {' '.join(args.json_keys)}: plain text has only one; give jsonl or parquet"
+            f"--json-keys {' '.join(args.json_keys)}: plain text has but one; give jsonl or parquet"
         )
     codec = build_codec(args.tokenizer_type, args.tokenizer_model, args.text_scheme)
     settings = {
@@ -104,6 +104,8 @@ def preprocess(args: argparse.Namespace) -> None:
     with make_bar(sum(file.num_bytes for file in files), output.now) as bar:
         run(output, files, encoder, args.text_documents, args.workers, args.max_rejects,
             args.checkpoint_seconds, lambda now: advance(bar, now))
+    if not output.now.num_documents:
+        raise GLMError(f"--input {' '.join(args.input)}: holds no documents")
     summary = output.finish()
     print(
         f"{summary['num_documents']} documents, {summary['num_tokens']} tokens, "

@@ -3,8 +3,8 @@
     tools/train_tokenizer.py --input FILE|FOLDER|GLOB ... --vocab-size 16000 --output tokenizer.json
 
 Reads what tools/preprocess_data.py reads. The special tokens of GLM are part of the vocabulary.
-Both kinds give back every text exactly as it was: bytes stand in for unknown characters, nothing is
-normalised and no white space is dropped.
+Either kind gives back every text as it was: bytes stand in for unknown characters, nothing is
+normalised and no white space is dropped (SentencePiece reads U+2581 as a space).
 """
 
 import argparse

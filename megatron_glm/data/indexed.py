@@ -14,6 +14,7 @@ import json
 import os
 import struct
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,10 @@ VERSION = 1
 DTYPE_CODES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 # Numbers handled at once: memory stays flat whatever the size of the index.
 CHUNK = 1 << 20
+
+
+class IndexedDatasetError(GLMError):
+    """A .bin/.idx pair that is missing or damaged; the message names the file."""
 
 
 def token_dtype(vocab_size: int) -> type[np.integer]:
@@ -58,13 +63,15 @@ def write_index(path: Path, dtype: type[np.integer], lengths_file: Path, bounds_
     return crc
 
 
-def _chunks(path: Path):
+def _chunks(path: Path) -> Iterator[np.ndarray]:
     with path.open("rb") as stream:
         while data := stream.read(4 * CHUNK):
             yield np.frombuffer(data, dtype="<i4")
 
 
-def _put_sums(put, path: Path, scale: int, with_last: bool) -> None:
+def _put_sums(
+    put: Callable[[bytes], None], path: Path, scale: int, with_last: bool
+) -> None:
     """Puts scale * (the sum of all values before each one), int64, and their total if asked."""
     total = 0
     for values in _chunks(path):
@@ -73,3 +80,110 @@ def _put_sums(put, path: Path, scale: int, with_last: bool) -> None:
         total = int(ends[-1])
     if with_last:
         put(struct.pack("<q", total))
+
+
+def check_indexed_dataset(prefix: str | Path, contents: bool = False) -> None:
+    """Finds out whether PREFIX.bin and PREFIX.idx are whole and belong together.
+
+    Reads the index in constant memory, and of the .bin only its size. Where preprocessing has left
+    PREFIX.checksums.json, the index must have the CRC-32 that it tells, and with `contents` the
+    .bin too, which is then read whole. IndexedDatasetError says what is wrong with which file.
+    """
+    idx, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    for path in (idx, data):
+        if not path.is_file():
+            raise IndexedDatasetError(
+                f"{path}: no such file; give the path without suffix that tools/preprocess_data.py "
+                "printed"
+            )
+    num_bytes = _check_index(idx)
+    if data.stat().st_size != num_bytes:
+        raise _damaged(data, f"{data.stat().st_size} bytes, and not the {num_bytes} of its index")
+    sums = Path(f"{prefix}.checksums.json")
+    if sums.exists():
+        checks = [(idx, "idx_crc32"), (data, "bin_crc32")]
+        _check_sums(sums, checks if contents else checks[:1])
+
+
+def _damaged(path: Path, what: str) -> IndexedDatasetError:
+    return IndexedDatasetError(f"{path}: {what}; copy it again or repeat the preprocessing")
+
+
+def _check_index(idx: Path) -> int:
+    """The size in bytes that the .bin must have."""
+    with idx.open("rb") as stream:
+        header = stream.read(HEADER.size)
+    if len(header) < HEADER.size:
+        raise _damaged(idx, f"{len(header)} bytes, shorter than its header of {HEADER.size}")
+    magic, version, code, num_sequences, num_bounds = HEADER.unpack(header)
+    if magic != MAGIC or version != VERSION:
+        raise _damaged(idx, f"does not start like an index (magic {magic!r}, version {version})")
+    if code not in DTYPE_CODES:
+        raise _damaged(idx, f"type code {code} is not one of token ids ({sorted(DTYPE_CODES)})")
+    size = HEADER.size + 12 * num_sequences + 8 * num_bounds
+    if idx.stat().st_size != size:
+        raise _damaged(
+            idx,
+            f"{idx.stat().st_size} bytes, and not the {size} of {num_sequences} sequences and "
+            f"{num_bounds} document bounds",
+        )
+    if not num_sequences or not num_bounds:
+        raise _damaged(idx, "holds no sequences")
+    raw = np.memmap(idx, mode="r", dtype=np.uint8, offset=HEADER.size)
+    lengths = raw[: 4 * num_sequences].view("<i4")
+    pointers = raw[4 * num_sequences : 12 * num_sequences].view("<i8")
+    bounds = raw[12 * num_sequences :].view("<i8")
+    _check_bounds(idx, bounds, num_sequences)
+    return _check_pointers(idx, lengths, pointers, np.dtype(DTYPE_CODES[code]).itemsize)
+
+
+def _check_pointers(idx: Path, lengths: np.ndarray, pointers: np.ndarray, item_size: int) -> int:
+    """Each pointer must be the bytes of the sequences before it; returns those of all."""
+    total = 0
+    for first in range(0, len(lengths), CHUNK):
+        here = lengths[first : first + CHUNK].astype(np.int64)
+        if (bad := np.flatnonzero(here < 0)).size:
+            raise _damaged(idx, f"sequence {first + bad[0]} has length {here[bad[0]]}")
+        ends = total + np.cumsum(here) * item_size
+        expected = np.concatenate(([total], ends[:-1]))
+        found = pointers[first : first + CHUNK]
+        if (bad := np.flatnonzero(found != expected)).size:
+            at = bad[0]
+            raise _damaged(
+                idx, f"sequence {first + at} starts at byte {found[at]}, and not {expected[at]}"
+            )
+        total = int(ends[-1])
+    return total
+
+
+def _check_bounds(idx: Path, bounds: np.ndarray, num_sequences: int) -> None:
+    if bounds[0] != 0 or bounds[-1] != num_sequences:
+        raise _damaged(
+            idx,
+            f"its documents go from sequence {bounds[0]} to {bounds[-1]}, and not from 0 to "
+            f"{num_sequences}",
+        )
+    for first in range(0, len(bounds) - 1, CHUNK):
+        steps = np.diff(bounds[first : first + CHUNK + 1])
+        if (bad := np.flatnonzero(steps < 0)).size:
+            raise _damaged(idx, f"document {first + bad[0]} ends before it starts")
+
+
+def _check_sums(sums: Path, checks: list[tuple[Path, str]]) -> None:
+    try:
+        expected = json.loads(sums.read_text())
+        expected = {name: int(expected[name]) for _, name in checks}
+    except (ValueError, TypeError, KeyError) as error:
+        raise _damaged(sums, f"cannot be read ({error!r})") from error
+    for path, name in checks:
+        if (crc := crc32_of(path)) != expected[name]:
+            raise _damaged(path, f"its CRC-32 is {crc}, and not the {expected[name]} in {sums}")
+
+
+def crc32_of(path: Path) -> int:
+    """CRC-32 of a file, read in constant memory."""
+    crc = 0
+    with path.open("rb") as stream:
+        while data := stream.read(CHUNK):
+            crc = zlib.crc32(data, crc)
+    return crc

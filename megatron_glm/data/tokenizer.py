@@ -24,7 +24,8 @@ class GLMTokenizer(MegatronTokenizerText):
     def tokenize(self, text: str, parse_special: bool = False) -> list[int]:
         """Ids of a text. Where `parse_special`, "[MASK]" and the like in it become special tokens,
         as in a prompt; by default they are text, as in a corpus."""
-        return self._tokenizer.encode_prompt(text) if parse_special else self._tokenizer.encode(text)
+        encode = self._tokenizer.encode_prompt if parse_special else self._tokenizer.encode
+        return encode(text)
 
     def detokenize(self, ids: Iterable[int], skip_special_tokens: bool | None = None) -> str:
         """Text of ids; special tokens are spelled out unless they are to be skipped."""

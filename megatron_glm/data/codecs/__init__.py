@@ -36,8 +36,8 @@ def build_codec(
         tokenizer_type != "IceTokenizer" or text_scheme not in TEXT_SCHEMES
     ):
         raise GLMError(
-            f"--text-scheme {text_scheme} with --tokenizer-type {tokenizer_type}: only IceTokenizer "
-            f"has text schemes, and they are {', '.join(TEXT_SCHEMES)}"
+            f"--text-scheme {text_scheme} with --tokenizer-type {tokenizer_type}: only "
+            f"IceTokenizer has text schemes, and they are {', '.join(TEXT_SCHEMES)}"
         )
     if not tokenizer_model or not Path(tokenizer_model).is_file():
         raise GLMError(

@@ -1,12 +1,14 @@
 """Any Hugging Face tokenizer.json, through the Rust `tokenizers` library."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
 from megatron_glm.data.codecs.base import SPECIAL_TOKENS, Codec
+from megatron_glm.data.codecs.words import WordEncoder
 from megatron_glm.errors import GLMError
 
 
@@ -42,8 +44,14 @@ class HuggingFaceCodec(Codec):
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if self._words:
+            return self._words.encode_batch(texts)
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
+
+    @cached_property
+    def _words(self) -> WordEncoder | None:
+        return WordEncoder.build(self._tokenizer, self.dtype)
 
     def decode_text(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False) if ids else ""

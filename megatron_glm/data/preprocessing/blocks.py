@@ -29,8 +29,8 @@ class Cursor(NamedTuple):
 
 
 class Reject(NamedTuple):
-    """A document that was left out: the line where it starts (from 1; a row of parquet), the reason,
-    and its first characters."""
+    """A document that was left out: the line where it starts (from 1; of parquet the row),
+    the reason, and its first characters."""
 
     file: str
     line: int
@@ -79,8 +79,8 @@ def read_blocks(
                 yield from _read_lines(file, index, cursor)
         except (OSError, EOFError, zlib.error) as error:
             raise GLMError(
-                f"--input {file.path}: cannot be read to its end ({error or type(error).__name__}); "
-                "repair or remove it and run the same command again, which goes on with this file"
+                f"--input {file.path}: cannot be read to its end ({error or type(error).__name__})"
+                "; repair or remove it and run the same command again, which goes on with this file"
             ) from error
         cursor = Cursor(index + 1)
     if whole.num_bytes:

@@ -109,7 +109,9 @@ class Output:
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise GLMError(f"--output-prefix {self.prefix}: another process is writing it") from error
+            raise GLMError(
+                f"--output-prefix {self.prefix}: another process is writing it; wait for its end"
+            ) from error
         if (self.folder / STATE).exists():
             self._restore(json.loads((self.folder / STATE).read_text()))
         elif existing := self._existing_targets():
