@@ -157,7 +157,7 @@ def _check(respond, name, batch, seq_length, max_samples, device, group, every_r
         )
     # The forward may hold collectives, so every rank runs every probe before any of them raises.
     violations = []
-    for turn in range(2):
+    for turn in range(2 if batch == 1 else 1):
         samples = probe_samples(batch, seq_length, max_samples, turn)
         violations += _violations(respond, samples, seq_length, device, every_row)
     violations = _agree(violations, group)
@@ -184,15 +184,27 @@ def _violations(respond, samples, seq_length, device, every_row) -> list[str]:
     base = respond(on_device, perturbed).float()
     if not base.isfinite().all():
         return ["outputs must be finite, and these are not"]
-    # Zero wherever the forward is deterministic; a leak may not hide below it elsewhere.
-    noise = (respond(on_device, perturbed).float() - base).abs().max()
+    # Zero wherever the forward is deterministic; elsewhere a change must stand out from it.
+    noise = 4 * (respond(on_device, perturbed).float() - base).abs().max()
+
+    def changed_rows():
+        return ((respond(on_device, perturbed).float() - base).abs() > noise).any(dim=-1).cpu()
+
+    perturbed[0] = True
+    leak = changed_rows()[1:].any(dim=0)
     found = []
-    ranges = sample_ranges(samples)[0]
-    for sample, token in _probes(ranges):
+    if leak.any():
+        found.append("another sequence of the batch must not see sequence 0, but "
+                     f"{_positions(leak)} did")
+    # Each sequence is its own experiment, so one forward probes a token of each.
+    probes = [list(_probes(ranges)) for ranges in sample_ranges(samples)]
+    for index in range(max(map(len, probes))):
+        chosen = [sequence[index % len(sequence)] for sequence in probes]
         perturbed.zero_()
-        perturbed[0, token] = True
-        changed = ((respond(on_device, perturbed).float() - base).abs() > noise).any(dim=-1)
-        found += _judge(changed.cpu(), sample, token, every_row)
+        for row, (_, token) in enumerate(chosen):
+            perturbed[row, token] = True
+        for changed, (sample, token) in zip(changed_rows(), chosen, strict=True):
+            found += _judge(changed, sample, token, every_row)
     return found
 
 
@@ -207,40 +219,40 @@ def _probes(ranges: list[SampleRange]) -> Iterator[tuple[SampleRange, int]]:
 
 
 def _judge(changed: Tensor, sample: SampleRange, token: int, every_row: bool) -> list[str]:
-    """Compare the rows that changed, bool [b, s], with those that may and must."""
+    """Compare the rows of a sequence that changed, bool [s], with those that may and must."""
     start, context_end, end = sample
-    part = "context" if token < context_end else "target"
-    where = f"token {token}, {part} of the sample [{start}, {end}) with context end {context_end}"
-    row = torch.arange(changed.shape[1])
-    own = changed[0]
-
-    must_not = {
-        "another sequence of the batch must not see": changed[1:].any(dim=0),
-        "another sample of the pack must not see": own & ((row < start) | (row >= end)),
-    }
-    must = {}
-    if part == "target":
-        must_not["the context must not see"] = own & (row >= start) & (row < context_end)
-        must_not["an earlier target must not see"] = own & (row >= context_end) & (row < token)
-        must["this target and those after it must see"] = (row >= token) & (row < end)
+    row = torch.arange(changed.shape[0])
+    in_context = (row >= start) & (row < context_end)
+    in_targets = (row >= context_end) & (row < end)
+    must_not = {"another sample of the pack must not see": (row < start) | (row >= end)}
+    if token < context_end:
+        part = "context"
+        must = {
+            "the earlier context must see": in_context & (row < token),
+            "this context token and those after it must see": in_context & (row >= token),
+            "the targets must see": in_targets,
+        }
     else:
-        must["the earlier context must see"] = (row >= start) & (row < token)
-        must["this context token and those after it must see"] = (row >= token) & (
-            row < context_end
-        )
-        must["the targets must see"] = (row >= context_end) & (row < end)
+        part = "target"
+        must_not["the context must not see"] = in_context
+        must_not["an earlier target must not see"] = in_targets & (row < token)
+        must = {"this target and those after it must see": in_targets & (row >= token)}
 
-    found = [f"{rule} {where}, but row{_positions(rows)} did" for rule, rows in must_not.items()
-             if rows.any()]
+    where = f"token {token}, {part} of the sample [{start}, {end}) with context end {context_end}"
+    found = []
+    for rule, rows in must_not.items():
+        seeing = rows & changed
+        if seeing.any():
+            found.append(f"{rule} {where}, but {_positions(seeing)} did")
     for rule, rows in must.items():
-        blind = rows & ~own
-        if blind.any() if every_row else rows.any() and not (rows & own).any():
-            found.append(f"{rule} {where}, but row{_positions(blind)} did not")
+        blind = rows & ~changed
+        if blind.any() if every_row else rows.any() and not (rows & changed).any():
+            found.append(f"{rule} {where}, but {_positions(blind)} did not")
     return found
 
 
 def _positions(rows: Tensor) -> str:
     indices = rows.nonzero().flatten().tolist()
     if len(indices) == 1:
-        return f" {indices[0]}"
-    return f"s {indices[0]} to {indices[-1]} ({len(indices)} in all)"
+        return f"row {indices[0]}"
+    return f"rows {indices[0]} to {indices[-1]} ({len(indices)} in all)"

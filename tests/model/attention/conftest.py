@@ -1,0 +1,16 @@
+"""FlexAttention as it runs on a CPU: uncompiled, and with the backward that it forbids there."""
+
+import pytest
+import torch
+from torch.nn.attention import flex_attention
+
+
+@pytest.fixture(autouse=True)
+def uncompiled_flex_attention(monkeypatch):
+    """The dense backward that FlexAttention has for debugging, without seconds of compilation."""
+    if torch.cuda.is_available():
+        yield
+        return
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+    with torch.compiler.set_stance("force_eager"):
+        yield

@@ -1,0 +1,56 @@
+"""The block mask that FlexAttention skips by, against the mask itself."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from megatron_glm.model.attention.bounds import dense_mask, token_bounds
+from megatron_glm.model.attention.flex import BLOCK, block_mask
+from tests.model.attention.packs import PACKS, packs, samples_from
+
+
+def block_sets(count, indices, num_blocks):
+    """bool [b, num_blocks, num_blocks] from the counts and padded indices of a BlockMask."""
+    blocks = torch.zeros(count.shape[0], num_blocks, num_blocks, dtype=torch.bool)
+    for b in range(count.shape[0]):
+        for row in range(num_blocks):
+            blocks[b, row, indices[b, 0, row, : count[b, 0, row]].long()] = True
+    return blocks
+
+
+def assert_blocks_equal_mask(batch, seq_length):
+    samples = samples_from(batch)
+    mask = block_mask(token_bounds(samples, seq_length))
+    num_blocks = -(-seq_length // BLOCK)
+    partial = block_sets(mask.kv_num_blocks, mask.kv_indices, num_blocks)
+    full = block_sets(mask.full_kv_num_blocks, mask.full_kv_indices, num_blocks)
+    assert not (partial & full).any()
+    dense = dense_mask(samples, seq_length)
+    for row in range(num_blocks):
+        for column in range(num_blocks):
+            area = (slice(row * BLOCK, (row + 1) * BLOCK), slice(column * BLOCK, (column + 1) * BLOCK))
+            for b in range(len(batch)):
+                assert full[b, row, column] == dense[b][area].all()
+                # A block may be visited in vain, never missed.
+                assert (partial | full)[b, row, column] >= dense[b][area].any()
+    transposed = block_sets(mask.q_num_blocks, mask.q_indices, num_blocks)
+    assert torch.equal(transposed.mT, partial)
+
+
+@pytest.mark.parametrize("batch", PACKS.values(), ids=PACKS)
+def test_blocks_of_packs(batch):
+    assert_blocks_equal_mask(batch, sum(length for length, _ in batch[0]))
+
+
+@settings(max_examples=20, deadline=None)
+@given(pack=packs(max_batch=2, max_length=700))
+def test_blocks_of_any_pack(pack):
+    seq_length, batch = pack
+    assert_blocks_equal_mask(batch, seq_length)
+
+
+def test_packed_samples_skip_what_lies_outside():
+    # Four samples of three blocks: only the 4 * 9 blocks on the diagonal are ever visited, and
+    # above the diagonal only those of the contexts, one block each.
+    mask = block_mask(token_bounds(samples_from([[(3 * BLOCK, BLOCK)] * 4]), 12 * BLOCK))
+    assert mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum() == 4 * 6
