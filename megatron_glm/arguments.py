@@ -8,6 +8,7 @@ train something else in silence.
 import argparse
 import os
 import sys
+import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -81,6 +82,8 @@ DEFAULTS: dict[str, Any] = {
     "short_seq_prob": 0.02,
     "split": "949,50,1",
     "eval_interval": 1000,
+    # Every 500 steps was found too sparse when a loss explosion had to be gone back behind.
+    "save_interval": 250,
     "dataloader_type": "single",
 }
 
@@ -221,6 +224,14 @@ def check_flags(args: Namespace) -> None:
             f"--glm-attention-backend {args.glm_attention_backend}: must be auto or one of "
             f"{', '.join(BACKENDS)}"
         )
+    for unit in ("iters", "samples"):
+        warmup = getattr(args, f"lr_warmup_{unit}")
+        decay = getattr(args, f"lr_decay_{unit}") or getattr(args, f"train_{unit}")
+        if decay and warmup and warmup >= decay:
+            raise FlagError(
+                f"--lr-warmup-{unit} {warmup}: must be smaller than the {decay} {unit} of the "
+                f"schedule (--lr-decay-{unit}, or --train-{unit} where that is not given)"
+            )
     if args.use_cpu_initialization and torch.cuda.is_available():
         raise FlagError(
             "--use-cpu-initialization: Megatron leaves a model built so on the CPU; drop the flag"
@@ -307,7 +318,9 @@ def exit_with_one_line(args: Namespace, *more: type[Exception]) -> Iterator[None
         yield
     except (GLMError, FileNotFoundError, *more) as error:
         if args.rank == 0:
-            print(f"pretrain_glm.py: error: {error}", file=sys.stderr, flush=True)
+            # Some of Megatron's assertions say nothing; then the asserted line has to speak.
+            message = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+            print(f"pretrain_glm.py: error: {message}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
 
 

@@ -59,7 +59,7 @@ def run_ranks(
             receiver, sender = context.Pipe(duplex=False)
             environment = _torchrun_environment(rank, world_size, store.port)
             process = context.Process(
-                target=_rank, args=(sender, call, environment, setup, stacks[rank]), daemon=True
+                target=_rank, args=(sender, call, environment, setup, stacks[rank])
             )
             process.start()
             sender.close()
@@ -72,6 +72,9 @@ def run_ranks(
                 answers[rank] = (False, _stack_of(processes[rank], stacks[rank], timeout))
         finally:
             for process in processes:
+                # With what it started itself: saving a checkpoint takes a process of its own.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 process.kill()
                 process.join()
     if not all(good for good, _ in answers):
@@ -107,6 +110,7 @@ def _torchrun_environment(rank: int, world_size: int, port: int) -> dict[str, st
 
 def _rank(sender, call: bytes, environment: dict, setup: dict | None, stack: Path) -> None:
     """The body of one rank: answer (True, pickled result) or (False, traceback)."""
+    os.setpgid(0, 0)
     os.environ.update(environment)
     with stack.open("w") as file:
         faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)

@@ -86,6 +86,7 @@ def test_every_rule_refuses_by_name(parser, rule):
     (["--context-parallel-size", "2"], "--context-parallel-size 2"),
     (["--recompute-modules", "mlp"], "--recompute-modules mlp"),
     (["--hidden-size", "60", "--num-attention-heads", "12"], "--num-attention-heads 12"),
+    (["--train-iters", "5", "--lr-warmup-iters", "5"], "--lr-warmup-iters 5"),
     (["--glm-attention-backend", "fast"], "--glm-attention-backend fast"),
 ])
 def test_a_flag_that_trains_something_else_is_refused(parser, flags, named):
@@ -151,6 +152,19 @@ def test_an_error_of_the_user_is_one_line(capsys):
             raise FlagError("--flag 3: must be 4")
     assert stop.value.code == 2
     assert capsys.readouterr().err == "pretrain_glm.py: error: --flag 3: must be 4\n"
+
+
+def test_an_assertion_without_words_shows_what_it_asserted(capsys):
+    with pytest.raises(SystemExit):
+        with exit_with_one_line(argparse.Namespace(rank=0), AssertionError):
+            raise_without_words(save_interval=None)
+    assert "assert save_interval is not None" in capsys.readouterr().err
+
+
+def raise_without_words(save_interval):
+    # Rewritten by pytest otherwise, with words of its own.
+    exec(compile("assert save_interval is not None", __file__, "exec"),
+         {"save_interval": save_interval})
 
 
 def test_a_fault_of_the_program_keeps_its_traceback():

@@ -38,8 +38,8 @@ def start(tmp_path_factory):
     corpus = make_corpus(folder)
     flags = [*TINY, *corpus.flags, "--train-iters", str(NUM_STEPS)]
     weights = str(folder / "weights")
-    pretrain([*flags, "--train-iters", "1", "--lr", "0", "--min-lr", "0", "--save", weights,
-              "--no-save-optim"])  # fmt: skip
+    pretrain([*flags, "--train-iters", "1", "--lr", "0", "--min-lr", "0", "--lr-warmup-iters", "0",
+              "--save", weights, "--no-save-optim"])  # fmt: skip
     flags += ["--pretrained-checkpoint", weights, "--finetune", "--load", weights]
     steps = pretrain(flags)
     assert len(steps) == NUM_STEPS
