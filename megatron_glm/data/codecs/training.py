@@ -50,7 +50,8 @@ def train_byte_level_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
 
 def train_sentence_piece(texts: Iterable[str], vocab_size: int) -> bytes:
     """The .model of a SentencePiece BPE that falls back on bytes, normalises nothing and keeps all
-    white space, but reads U+2581 as a space. GLMError where SentencePiece refuses the size or the texts."""
+    white space, but reads U+2581 as a space. GLMError where SentencePiece refuses the size or the
+    texts."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

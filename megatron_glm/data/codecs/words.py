@@ -20,8 +20,8 @@ import numpy as np
 from tokenizers import Tokenizer, pre_tokenizers
 
 # GPT-2's expression, which the ByteLevel pre-tokenizer has built in, then those of tiktoken's
-# cl100k_base (Llama 3, GLM-4), of Qwen 2 and of o200k_base, as tokenizer.json files spell them. Each
-# matches every character of a text, and none means anything else to Python once \p and \s are gone.
+# cl100k_base (Llama 3, GLM-4), of Qwen 2 and of o200k_base, as tokenizer.json files spell them.
+# Each matches every character of a text, and once \p and \s are gone means the same to Python.
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 KNOWN_WORDS = (
     GPT2_WORDS,
