@@ -28,7 +28,7 @@ def assert_blocks_equal_mask(batch, seq_length):
     dense = dense_mask(samples, seq_length)
     for row in range(num_blocks):
         for column in range(num_blocks):
-            area = (slice(row * BLOCK, (row + 1) * BLOCK), slice(column * BLOCK, (column + 1) * BLOCK))
+            area = tuple(slice(i * BLOCK, (i + 1) * BLOCK) for i in (row, column))
             for b in range(len(batch)):
                 assert full[b, row, column] == dense[b][area].all()
                 # A block may be visited in vain, never missed.

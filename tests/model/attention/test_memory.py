@@ -10,6 +10,9 @@ import pytest
 from tests.model.attention.peak_memory import BASE_LENGTH, DIM, HEADS
 
 ROOT = Path(__file__).parents[3]
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="needs Linux's /proc for the peak of a process"
+)
 
 
 def peaks(backend, probability, *lengths):
