@@ -1,0 +1,123 @@
+"""Writes torch.save files a block at a time, so that a file may be larger than memory.
+
+The format is torch.save's: an uncompressed zip archive with `data.pkl`, which describes the
+tensors, and one record of bytes a tensor. torch.load reads it, memory-mapped too.
+"""
+
+import contextlib
+import io
+import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from megatron_glm.checkpoint.torch_file import byte_view, row_blocks
+
+# torch.load maps records into memory, which wants them aligned.
+_ALIGNMENT = 64
+
+
+class TensorSpec(NamedTuple):
+    """The type and shape of a tensor that is to be written."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class _Storage(NamedTuple):
+    """Stands for a record of bytes while `data.pkl` is written."""
+
+    key: str
+    spec: TensorSpec
+
+
+class _Tensor:
+    """Stands for a tensor while `data.pkl` is written."""
+
+    def __init__(self, storage: _Storage):
+        self.storage = storage
+
+    def __reduce__(self):
+        shape = self.storage.spec.shape
+        stride = torch.empty(shape, device="meta").stride()
+        return torch._utils._rebuild_tensor_v2, (
+            self.storage, 0, shape, stride, False, OrderedDict(),
+        )  # fmt: skip
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, obj):
+        if not isinstance(obj, _Storage):
+            return None
+        # The typed storage class is how the format spells a type.
+        storage_type = torch.storage._dtype_to_storage_type_map()[obj.spec.dtype]
+        size = torch.Size(obj.spec.shape).numel()
+        return "storage", getattr(torch, storage_type), obj.key, "cpu", size
+
+
+class TorchWriter:
+    """A torch.save file of {"module": {name: tensor}}, written in the order of `specs`.
+
+    A context manager; `write` takes the tensors one after another, each as views that follow one
+    another along its first dimension. The file is readable only after a close without error.
+    """
+
+    def __init__(self, path: Path, specs: dict[str, TensorSpec]):
+        self.path = path
+        self._root = path.stem
+        self._left = [(name, str(i), spec) for i, (name, spec) in enumerate(specs.items())]
+        self._left.reverse()
+        self._zip = zipfile.ZipFile(path, "w", zipfile.ZIP_STORED)
+        content = {"module": {name: _Tensor(_Storage(key, spec)) for name, key, spec in
+                              reversed(self._left)}}  # fmt: skip
+        buffer = io.BytesIO()
+        _Pickler(buffer, protocol=2).dump(content)
+        self._zip.writestr(f"{self._root}/data.pkl", buffer.getvalue())
+        self._zip.writestr(f"{self._root}/byteorder", "little")
+
+    def write(self, name: str, pieces: Iterable[torch.Tensor]) -> None:
+        """Writes the next tensor; ValueError if it is not the next one or of another size."""
+        expected, key, spec = self._left.pop()
+        if name != expected:
+            raise ValueError(f"{self.path}: {name} written where {expected} is due")
+        entry = zipfile.ZipInfo(f"{self._root}/data/{key}")
+        entry.file_size = spec.num_bytes
+        # The margin with which zipfile itself decides.
+        zip64 = spec.num_bytes * 1.05 > zipfile.ZIP64_LIMIT
+        entry.extra = self._padding(entry.filename, zip64)
+        written = 0
+        with self._zip.open(entry, "w", force_zip64=zip64) as record:
+            for piece in pieces:
+                for block in row_blocks(piece):
+                    written += record.write(byte_view(block.contiguous()))
+        if written != spec.num_bytes:
+            raise ValueError(f"{name}: {written} bytes written, {spec.num_bytes} announced")
+
+    def _padding(self, filename: str, zip64: bool) -> bytes:
+        """An extra field, with the id that torch uses, that moves the bytes to an aligned place."""
+        header = zipfile.sizeFileHeader + len(filename) + (20 if zip64 else 0)
+        start = self._zip.fp.tell() + header + 4
+        count = -start % _ALIGNMENT
+        return b"FB" + count.to_bytes(2, "little") + b"Z" * count
+
+    def __enter__(self) -> "TorchWriter":
+        return self
+
+    def __exit__(self, error_type, *_) -> None:
+        if error_type is None:
+            if self._left:
+                raise ValueError(f"{self.path}: {self._left[-1][0]} was never written")
+            self._zip.writestr(f"{self._root}/version", "3\n")
+            self._zip.close()
+        else:
+            # Records are missing, so nothing takes the file for a whole one.
+            with contextlib.suppress(OSError):
+                self._zip.close()
