@@ -1,35 +1,52 @@
 """Train, validation and test datasets of a run: sources, splits, and the mix of them."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from fractions import Fraction
+from functools import partial
+from operator import attrgetter
 
 import numpy as np
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.utils import Split
+from megatron.core.datasets.utils import Split, get_blend_from_list
+from megatron.core.utils import log_single_rank
 
-from megatron_glm.data.config import GLMDatasetConfig, source_prefixes
+from megatron_glm.data.config import DataError, GLMDatasetConfig, source_prefixes
 from megatron_glm.data.glm_dataset import GLMDataset
 from megatron_glm.data.mix import Mix, to_shares
+from megatron_glm.data.multitask_dataset import MultitaskDataset
+
+logger = logging.getLogger(__name__)
+
+Source = GLMDataset | MultitaskDataset
+
 
 class MixedDataset(torch.utils.data.Dataset):
     """The sequences of a split, each from the source that the mix says."""
 
-    def __init__(self, sources: dict[str, Any], mix: Mix, split: Split, size: int | None) -> None:
-        """sources: identity -> dataset. size: what `len` gives; all of every source if None."""
+    def __init__(
+        self, sources: dict[str, Source], mix: Mix, split: Split, num_samples: int | None
+    ) -> None:
+        """sources: identity -> dataset. num_samples: what `len` gives; all of every source if
+        None."""
         self.sources = sources
         self.mix = mix
         # Megatron's data loader asks for it.
         self.index_split = split
-        self.size = sum(len(source) for source in sources.values()) if size is None else size
+        self.num_samples = (
+            sum(source.num_sequences for source in sources.values())
+            if num_samples is None else num_samples
+        )
 
     def __len__(self) -> int:
-        return self.size
+        return self.num_samples
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        source, place = self.mix.locate(int(index))
-        return self.sources[source][place]
+        """The packed sequence at an index of the run; see pack_samples."""
+        identity, place = self.mix.locate(int(index))
+        return self.sources[identity][place]
 
 
 def train_valid_test_datasets(
@@ -42,8 +59,9 @@ def train_valid_test_datasets(
     num_samples: sequences of each split, None for one epoch, 0 for a split that is not used.
     is_built_on_rank: whether this rank reads data.
 
-    Returns train, valid, test; None for a split without data or on a rank that reads none. The
-    validation split is a list with --multiple-validation-sets. Raises DataError on bad files.
+    Returns train, valid, test: a MixedDataset, or None for a split without data and on a rank that
+    reads none. Validation is a list with --multiple-validation-sets. Raises DataError on files or
+    flags that cannot be used.
     """
     return tuple(
         _build_split(config, split, num_samples[split.value], is_built_on_rank) for split in Split
@@ -51,48 +69,148 @@ def train_valid_test_datasets(
 
 
 def _build_split(
-    config: GLMDatasetConfig, split: Split, size: int | None, is_built_on_rank: Callable[[], bool]
-) -> Any:
-    blend = config.blend if config.blend_per_split is None else config.blend_per_split[split.value]
-    if blend is None or size == 0:
+    config: GLMDatasetConfig,
+    split: Split,
+    num_samples: int | None,
+    is_built_on_rank: Callable[[], bool],
+) -> MixedDataset | list[MixedDataset] | None:
+    blend = config.blend if config.blend is not None else config.blend_per_split[split.value]
+    if blend is None or num_samples == 0:
         return None
-    if config.blend is not None and config.split_matrix[split.value] is None:
-        return None
-    prefixes, weights = blend
-    datasets = [_build(GLMDataset, config, prefix, split, size, is_built_on_rank)
-                for prefix in prefixes]
-    if any(dataset is None for dataset in datasets):
+    multitask_blend = None
+    # Without --split nothing divides prompt/target data: all of it is for training.
+    if config.multitask_ratio > 0 and (config.blend is not None or split == Split.train):
+        multitask_blend = get_blend_from_list(config.multitask_data_path)
+
+    def build(cls: type, blend: tuple | None) -> dict[str, tuple[Source, float | None]]:
+        prefixes, weights = blend or ([], None)
+        # Every rank builds, for Megatron's builder waits for all.
+        datasets = [_build(cls, config, prefix, split, num_samples, is_built_on_rank)
+                    for prefix in prefixes]
+        return _with_data(datasets, weights or [None] * len(prefixes), split)
+
+    text, multitask = build(GLMDataset, blend), build(MultitaskDataset, multitask_blend)
+    if not text:
         return None
     numbers = {prefix: number for number, prefix in enumerate(source_prefixes(config))}
-    for prefix, dataset in zip(prefixes, datasets, strict=True):
-        dataset.source = numbers[prefix]
+    for dataset, _ in (text | multitask).values():
+        dataset.source = numbers[dataset.dataset_path]
     if split == Split.valid and config.multiple_validation_sets:
-        return [_mixed([dataset], None, config, split, size) for dataset in datasets]
-    return _mixed(datasets, weights, config, split, size)
+        return [_mixed(config, {identity: one}, {}, split, num_samples)
+                for identity, one in (text | multitask).items()]
+    if num_samples is None:
+        # Every sequence of every source once: all of them in proportion to their number.
+        text = {identity: (one, None) for identity, (one, _) in (text | multitask).items()}
+        multitask = {}
+    return _mixed(config, text, multitask, split, num_samples)
 
 
-def _mixed(datasets: list, weights: list | None, config: GLMDatasetConfig, split: Split,
-           size: int | None) -> MixedDataset:
-    shares = [dataset.epoch.num_sequences for dataset in datasets]
-    if weights is not None:
-        shares = to_shares(weights)
-    identities = [dataset.identity for dataset in datasets]
-    mix = Mix.of(dict(zip(identities, shares, strict=True)), {}, 0)
-    if split == Split.train:
+def _with_data(
+    datasets: list[Source | None], weights: list[float | None], split: Split
+) -> dict[str, tuple[Source, float | None]]:
+    """Datasets and weights by identity, without those that --split leaves nothing."""
+    result: dict[str, tuple[Source, float | None]] = {}
+    for dataset, weight in zip(datasets, weights, strict=True):
+        if dataset is None:
+            continue
+        if dataset.num_sequences == 0:
+            message = (
+                f"{dataset.dataset_path}: --split leaves no data to the {split.name} split; give "
+                "it a larger share, or more data"
+            )
+            if split == Split.train:
+                raise DataError(message)
+            log_single_rank(logger, logging.WARNING, message)
+            continue
+        if dataset.identity in result:
+            raise DataError(
+                f"{dataset.dataset_path}: given twice, or of the same content as another source; "
+                "give it once, with the sum of the weights"
+            )
+        result[dataset.identity] = (dataset, weight)
+    return result
+
+
+def _mixed(
+    config: GLMDatasetConfig,
+    text: dict[str, tuple[Source, float | None]],
+    multitask: dict[str, tuple[Source, float | None]],
+    split: Split,
+    num_samples: int | None,
+) -> MixedDataset:
+    text_shares = _shares(text, attrgetter("num_sequences"))
+    multitask_shares = _shares(multitask, partial(_multitask_weight, config))
+    is_train = split == Split.train
+    mix = Mix.of(
+        text_shares,
+        multitask_shares,
+        _sequence_share(config, multitask, multitask_shares),
+        config.multitask_ramp_samples if is_train else 0,
+    )
+    if is_train:
         mix = mix.continued(config.mix_state, config.consumed_train_samples)
-    return MixedDataset(dict(zip(identities, datasets, strict=True)), mix, split, size)
+    sources = {identity: dataset for identity, (dataset, _) in (text | multitask).items()}
+    return MixedDataset(sources, mix, split, num_samples)
 
 
-def _build(cls: type, config: GLMDatasetConfig, prefix: str, split: Split, size: int | None,
-           is_built_on_rank: Callable[[], bool]) -> Any:
+def _shares(
+    group: dict[str, tuple[Source, float | None]], weight_of: Callable[[Source], float | int]
+) -> dict[str, int]:
+    """Shares of the sequences: by the weights that were given, else by `weight_of`."""
+    weights = [weight_of(dataset) if weight is None else weight
+               for dataset, weight in group.values()]
+    return dict(zip(group, to_shares(weights), strict=True))
+
+
+def _multitask_weight(config: GLMDatasetConfig, dataset: MultitaskDataset) -> float | int:
+    """Sequences in proportion to (capped number of samples) ** (1 / temperature)."""
+    size = len(dataset.samples)
+    cap = config.multitask_sample_cap
+    if config.multitask_temperature == 1 and (cap is None or cap >= size):
+        return dataset.num_sequences
+    counted = size if cap is None else min(size, cap)
+    return counted ** (1 / config.multitask_temperature) * dataset.num_sequences / size
+
+
+def _sequence_share(
+    config: GLMDatasetConfig,
+    multitask: dict[str, tuple[Source, float | None]],
+    shares: dict[str, int],
+) -> Fraction:
+    """Share of the sequences that gives prompt/target data its share of the tokens.
+
+    Its sequences are not quite full; those of text are, but for some 0.1%.
+    """
+    ratio = Fraction(str(config.multitask_ratio))
+    if not multitask:
+        return Fraction(0)
+    fill = sum(
+        shares[identity] * Fraction(dataset.num_tokens, dataset.num_sequences)
+        for identity, (dataset, _) in multitask.items()
+    ) / (sum(shares.values()) * config.sequence_length)
+    return ratio / (ratio + (1 - ratio) * fill)
+
+
+def _build(
+    cls: type,
+    config: GLMDatasetConfig,
+    prefix: str,
+    split: Split,
+    num_samples: int | None,
+    is_built_on_rank: Callable[[], bool],
+) -> Source | None:
     """One split of one prefix by Megatron's builder, which lets rank 0 go first."""
     sizes: list[int | None] = [0, 0, 0]
-    sizes[split.value] = size
+    sizes[split.value] = num_samples
     if config.blend is not None:
         only = replace(config, blend=([prefix], None))
-        keep = only.split_matrix[split.value]
-        only.split_matrix = [keep if other == split else None for other in Split]
+        only.split_matrix = [
+            bounds if other == split else None
+            for other, bounds in zip(Split, config.split_matrix, strict=True)
+        ]
     else:
-        blends = [([prefix], None) if other == split else None for other in Split]
-        only = replace(config, blend_per_split=blends)
+        only = replace(
+            config,
+            blend_per_split=[([prefix], None) if other == split else None for other in Split],
+        )
     return BlendedMegatronDatasetBuilder(cls, sizes, is_built_on_rank, only).build()[split.value]

@@ -1,18 +1,15 @@
 """The documents of a corpus, in another random order every epoch, as one line of tokens."""
 
-import os
-import tempfile
 from collections import OrderedDict
 from typing import NamedTuple
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_glm.data.config import DataError
-from megatron_glm.data.randomness import mix, random_stream
+from megatron_glm.data.array_cache import load_or_make
+from megatron_glm.data.indexed_files import check_ids
+from megatron_glm.data.randomness import fingerprint, mix, random_stream
 
-# Fewer documents than this are put in order faster than a file is read.
-_LEAST_CACHED = 1 << 20
 _ORDER_STREAM = -1
 _KEPT_EPOCHS = 2
 
@@ -41,10 +38,7 @@ class DocumentStream:
         vocab_size: int,
         cache_dir: str | None = None,
     ) -> None:
-        """documents: [d], those to read, by their index in the file; all else see the class.
-
-        Raises DataError where there is no token in them.
-        """
+        """documents: [d], those to read, by their index in the file."""
         self.dataset = dataset
         self.documents = documents
         self.seed = seed
@@ -53,15 +47,10 @@ class DocumentStream:
         bounds = dataset.document_indices
         # In most files a document is one sequence, and its length need not be copied.
         self._is_flat = len(bounds) == len(dataset.sequence_lengths) + 1
-        self.num_tokens = int(self._lengths(documents).sum(dtype=np.int64))
-        # The same files elsewhere give the same data, and other files another order.
-        self.salt = mix(self.num_tokens, len(documents))
+        lengths = self._lengths(documents)
+        self.num_tokens = int(lengths.sum(dtype=np.int64))
+        self.salt = fingerprint(lengths)
         self._orders: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
-        if self.num_tokens == 0:
-            raise DataError(
-                f"{dataset.path_prefix}.bin: no token in the {len(documents)} documents that "
-                "--split leaves to this split; give it a larger share, or more data"
-            )
 
     def __getstate__(self) -> dict:
         # A process that is started anew maps or makes them itself, rather than receive a copy.
@@ -69,7 +58,7 @@ class DocumentStream:
 
     @property
     def mean_document_length(self) -> float:
-        return self.num_tokens / len(self.documents)
+        return self.num_tokens / max(len(self.documents), 1)
 
     def read(self, epoch: int, begin: int, count: int) -> Passage:
         """Tokens [begin, begin + count) of an epoch, 0 < count, all inside [0, num_tokens).
@@ -97,8 +86,7 @@ class DocumentStream:
         ]
         ids = np.concatenate(parts, dtype=np.int64)
         starts = np.cumsum(counts) - counts
-        if ids.max() >= self.vocab_size or ids.min() < 0:
-            self._refuse_id(ids, documents, starts)
+        check_ids(ids, self.vocab_size, self.dataset.path_prefix, documents, starts)
         return Passage(ids, documents, starts, offsets)
 
     def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -106,24 +94,12 @@ class DocumentStream:
         if epoch not in self._orders:
             if len(self._orders) == _KEPT_EPOCHS:
                 self._orders.popitem(last=False)
-            self._orders[epoch] = self._load_or_make_order(epoch)
-        return self._orders[epoch]
-
-    def _load_or_make_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        if self.cache_dir is None or len(self.documents) < _LEAST_CACHED:
-            return self._make_order(epoch)
-        key = f"{mix(mix(self.seed, self.salt), int(self.documents[0])):016x}"
-        stem = os.path.join(self.cache_dir, f"glm-{key}-epoch-{epoch}")
-        paths = (f"{stem}-order.npy", f"{stem}-ends.npy")
-        if not all(map(os.path.isfile, paths)):
-            for path, values in zip(paths, self._make_order(epoch), strict=True):
-                _save_whole(path, values)
-        order, ends = (np.load(path, mmap_mode="r") for path in paths)
-        if len(order) != len(self.documents) or ends[-1] != self.num_tokens:
-            raise DataError(
-                f"{stem}-*.npy: of other data than {self.dataset.path_prefix}.bin; delete them"
+            key = mix(self.seed, self.salt)
+            self._orders[epoch] = load_or_make(
+                self.cache_dir, f"glm-order-{key:016x}-{epoch}", len(self.documents),
+                lambda: self._make_order(epoch),
             )
-        return order, ends
+        return self._orders[epoch]
 
     def _make_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         rng = random_stream(self.seed, self.salt, epoch, _ORDER_STREAM)
@@ -142,23 +118,6 @@ class DocumentStream:
         tokens = (pointers[last] - begin) // self.dataset.index.dtype_size + lengths[last]
         return np.where(last >= first, tokens, 0)
 
-    def _refuse_id(self, ids: np.ndarray, documents: np.ndarray, starts: np.ndarray) -> None:
-        place = int(np.argmax((ids >= self.vocab_size) | (ids < 0)))
-        document = int(documents[np.searchsorted(starts, place, side="right") - 1])
-        raise DataError(
-            f"{self.dataset.path_prefix}.bin: id {ids[place]} in document {document} is outside "
-            f"the vocabulary of {self.vocab_size}: damaged, or made with another tokenizer; make the "
-            "data again with tools/preprocess_data.py"
-        )
-
 
 def _index_dtype(size: int) -> type:
     return np.int32 if size <= np.iinfo(np.int32).max else np.int64
-
-
-def _save_whole(path: str, values: np.ndarray) -> None:
-    """Writes a file that other processes see whole or not at all."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), delete=False) as stream:
-        np.save(stream, values)
-    os.replace(stream.name, path)

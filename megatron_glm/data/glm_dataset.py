@@ -58,6 +58,11 @@ class GLMDataset(MegatronDataset):
         self.stream.order(0)
 
     @property
+    def num_sequences(self) -> int:
+        """Sequences in an epoch."""
+        return self.epoch.num_sequences
+
+    @property
     def identity(self) -> str:
         """Tells this source from others by content, so that files may be moved."""
         return f"{os.path.basename(self.dataset_path)}-{self.stream.salt:016x}"
@@ -73,7 +78,7 @@ class GLMDataset(MegatronDataset):
         return open_indexed_dataset(dataset_path, config.tokenizer, config.mmap_bin_files)
 
     def __len__(self) -> int:
-        return self.epoch.num_sequences if self.num_samples is None else self.num_samples
+        return self.num_sequences if self.num_samples is None else self.num_samples
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """The packed sequence of any index >= 0, beyond `len` as well; see pack_samples."""
@@ -85,11 +90,10 @@ class GLMDataset(MegatronDataset):
 
     def draw(self, index: int) -> tuple[SequenceKind, Passage, list[tuple[Part, Sample]]]:
         """What a sequence is made of: its kind, its text, and the samples made of that."""
-        num_sequences = self.epoch.num_sequences
-        epoch, index = divmod(int(index), num_sequences)
+        epoch, index = divmod(int(index), self.num_sequences)
         seed, salt = self.config.random_seed, self.stream.salt
         key = mix(mix(seed, salt), mix(epoch, _SHUFFLE_STREAM))
-        place = permute(index, num_sequences, key)
+        place = permute(index, self.num_sequences, key)
         kind, begin, count = self.epoch.locate(place)
         passage = self.stream.read(epoch, begin, count)
         rng = random_stream(seed, salt, epoch, place)

@@ -8,6 +8,7 @@ that every source is read in order, without a gap and without a repeat, whatever
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
+from math import lcm
 
 # Shares of prompt/target data are whole multiples of one over this.
 _UNIT = 1 << 32
@@ -16,16 +17,8 @@ _UNIT = 1 << 32
 def to_shares(weights: Sequence[float | int]) -> list[int]:
     """Whole numbers in exactly the proportions of the weights as they were typed."""
     exact = [Fraction(str(weight)) for weight in weights]
-    unit = 1
-    for weight in exact:
-        unit *= weight.denominator // _gcd(unit, weight.denominator)
+    unit = lcm(*(weight.denominator for weight in exact))
     return [int(weight * unit) for weight in exact]
-
-
-def _gcd(a: int, b: int) -> int:
-    while b:
-        a, b = b, a % b
-    return a
 
 
 def split_stream(index: int, shares: Sequence[int]) -> tuple[int, int]:
@@ -98,7 +91,7 @@ class Mix:
         reached = old._share_at(consumed_samples)
         return replace(
             self,
-            ramp_from=reached if self.ramp_samples else self.ramp_to,
+            ramp_from=reached if self.ramp_samples and self.multitask else self.ramp_to,
             start=consumed_samples,
             consumed=old.consumed | old.counts(consumed_samples),
         )

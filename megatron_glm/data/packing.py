@@ -66,3 +66,37 @@ def share_out(total: int, sizes: np.ndarray) -> np.ndarray:
     if missing:
         dealt[np.argsort(-remainders, kind="stable")[:missing]] += 1
     return dealt
+
+
+def best_fit(
+    lengths: np.ndarray, seq_length: int, max_samples: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Packs samples greedily: the longest first, each where it leaves least room.
+
+    lengths: [n] int64, each at most seq_length. max_samples: most samples in a sequence.
+
+    Returns order, [n] int64, the samples sequence by sequence, and ends, [m] int64, where each
+    sequence ends in it. Takes about a second for a million samples.
+    """
+    sequence_of = np.empty(len(lengths), dtype=np.int64)
+    counts: list[int] = []
+    # Sequences by the room that is left in them; bit r of `rooms` tells whether there is one.
+    by_room: list[list[int]] = [[] for _ in range(seq_length + 1)]
+    rooms = 0
+    for sample in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[sample])
+        if fitting := rooms >> length:
+            room = length + (fitting & -fitting).bit_length() - 1
+            sequence = by_room[room].pop()
+            if not by_room[room]:
+                rooms ^= 1 << room
+            counts[sequence] += 1
+        else:
+            room, sequence = seq_length, len(counts)
+            counts.append(1)
+        sequence_of[sample] = sequence
+        room -= length
+        if counts[sequence] < max_samples:
+            by_room[room].append(sequence)
+            rooms |= 1 << room
+    return np.argsort(sequence_of, kind="stable"), np.cumsum(counts, dtype=np.int64)

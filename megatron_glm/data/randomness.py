@@ -4,6 +4,8 @@ Legacy distributions of NumPy are used on purpose: their streams are frozen, so 
 another version of NumPy draws the same samples.
 """
 
+import zlib
+
 import numpy as np
 
 _MASK64 = (1 << 64) - 1
@@ -39,6 +41,11 @@ def permute(index: int, size: int, key: int) -> int:
 def mix(key: int, value: int) -> int:
     """A 64-bit hash of two integers (the finaliser of SplitMix64, twice)."""
     return _finalise(_finalise(key & _MASK64) ^ (value & _MASK64))
+
+
+def fingerprint(lengths: np.ndarray) -> int:
+    """Tells corpora apart by the lengths of their documents, wherever their files lie: 64 bits."""
+    return mix(zlib.crc32(np.ascontiguousarray(lengths)), len(lengths))
 
 
 def _finalise(value: int) -> int:

@@ -108,9 +108,8 @@ def sample_sentences(
     """Draws whole sentences until they cover `num_wanted` tokens.
 
     sentence_ends, barred: [m] int64, ascending places of tokens that end a sentence or a document.
-    A sentence runs from behind either to the next sentence end, that included. One that is
-    shorter than num_wanted / max_spans takes the sentences behind it along, so that max_spans spans
-    suffice.
+    A sentence runs from behind either to the next sentence end, that included. One that is too
+    short for max_spans of its length to suffice takes its neighbours along.
 
     Returns [k, 2] int64 in the order drawn, k <= max_spans; k = 0 where there is no whole sentence.
     """
@@ -119,22 +118,31 @@ def sample_sentences(
     starts, ends = stops[:-1][is_sentence] + 1, stops[1:][is_sentence] + 1
 
     spans: list[tuple[int, int]] = []
-    covered = 0
-    is_used = np.zeros(len(starts), dtype=bool)
-    for first in rng.permutation(len(starts)):
-        if covered >= num_wanted or len(spans) == max_spans:
+    is_free = np.ones(len(starts), dtype=bool)
+
+    def joins(sentence: int, neighbour: int) -> bool:
+        first, second = sorted((sentence, neighbour))
+        return (
+            0 <= first and second < len(starts) and bool(is_free[neighbour])
+            and ends[first] == starts[second]
+        )
+
+    missing = num_wanted
+    for first in rng.permutation(len(starts)).tolist():
+        if missing <= 0 or len(spans) == max_spans:
             break
-        if is_used[first]:
+        if not is_free[first]:
             continue
         last = first
-        while (
-            ends[last] - starts[first] < num_wanted / max_spans
-            and last + 1 < len(starts)
-            and not is_used[last + 1]
-            and starts[last + 1] == ends[last]
-        ):
-            last += 1
-        is_used[first : last + 1] = True
+        shortest = missing / (max_spans - len(spans))
+        while ends[last] - starts[first] < shortest:
+            if joins(last, last + 1):
+                last += 1
+            elif joins(first, first - 1):
+                first -= 1
+            else:
+                break
+        is_free[first : last + 1] = False
         spans.append((starts[first], ends[last]))
-        covered += ends[last] - starts[first]
+        missing -= ends[last] - starts[first]
     return np.array(spans, dtype=np.int64).reshape(-1, 2)
