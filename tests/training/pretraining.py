@@ -1,5 +1,6 @@
 """Runs pretrain_glm.py inside a rank of a test and keeps every step's numbers unrounded."""
 
+import contextlib
 import sys
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ TINY = [
     "--num-attention-heads", "4", "--seq-length", "128", "--hidden-dropout", "0",
     "--attention-dropout", "0", "--micro-batch-size", "2", "--global-batch-size", "8",
     "--lr", "1e-3", "--min-lr", "1e-4", "--lr-warmup-iters", "2", "--eval-iters", "0",
-    "--log-interval", "100", "--num-workers", "0", "--seed", "7",
+    "--log-interval", "100", "--num-workers", "0", "--seed", "7", "--no-mask-conformance-check",
 ]  # fmt: skip
 
 
@@ -47,5 +48,6 @@ def pretrain_on_this_rank(flags: list[str]) -> list[Step]:
     sys.argv = ["pretrain_glm.py", *flags]
     import pretrain_glm
 
-    pretrain_glm.main()
+    with contextlib.suppress(SystemExit) if "--exit-interval" in flags else contextlib.nullcontext():
+        pretrain_glm.main()
     return steps
