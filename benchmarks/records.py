@@ -6,6 +6,7 @@ source and the machine that gave it and be measured again.
 
 import datetime
 import json
+import os
 import platform
 import re
 import subprocess
@@ -14,7 +15,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 ROOT = Path(__file__).parents[1]
@@ -26,9 +26,9 @@ def hardware() -> dict[str, Any]:
     """CPU model, cores and threads of torch, memory in GiB and, where there are any, the GPUs."""
     described = {
         "cpu": _cpu_model(),
-        "cores": psutil.cpu_count(logical=True),
+        "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
     }
     if torch.cuda.is_available():
         described["gpus"] = [

@@ -1,4 +1,4 @@
-"""The backends of prefix attention by name, and which of them suits a tensor."""
+"""The backends of prefix attention by name, and which of them suits a device."""
 
 import logging
 from collections.abc import Callable
@@ -15,8 +15,22 @@ Attention = Callable[..., Tensor]
 """What a backend is: attention(query, key, value, samples, *, softmax_scale, dropout=None), with
 the shapes of `reference.attention`."""
 
-BACKENDS = ("reference", "sdpa", "chunked", "flex")
-"""Names that `--glm-attention-backend` takes besides auto; each is a module beside this one."""
+BACKENDS = {
+    "reference": ("cpu", "cuda"),
+    "sdpa": ("cpu",),
+    "chunked": ("cpu",),
+    "flex": ("cuda",),
+}
+"""Names that `--glm-attention-backend` takes besides auto, each a module beside this one, and the
+devices on which it can train."""
+
+FASTEST = {"cpu": "sdpa", "cuda": "flex"}
+"""What auto means on a device; `python -m benchmarks.attention` measures it."""
+
+
+def backends_of(device: str) -> list[str]:
+    """Names of the backends that can train on a type of device."""
+    return [name for name, devices in BACKENDS.items() if device in devices]
 
 
 @cache
@@ -33,16 +47,19 @@ def load_backend(name: str) -> Attention:
     return import_module(f"{__package__}.{name}").attention
 
 
-def select_backend(name: str, query: Tensor, dropout_probability: float) -> Attention:
-    """The backend called `name` or, for auto, the fastest one for this device and dropout."""
-    if name == "auto":
-        name = _choose(query.device.type, dropout_probability > 0.0)
-    return load_backend(name)
-
-
 @cache
-def _choose(device: str, has_dropout: bool) -> str:
-    name = "sdpa" if device == "cpu" else "reference"
-    logger.info("prefix attention on %s%s: backend %s", device,
-                " with dropout" if has_dropout else "", name)
-    return name
+def select_backend(name: str, device: str) -> Attention:
+    """The backend called `name` or, for auto, the fastest one of a type of device.
+
+    Raises:
+        GLMError: a name outside BACKENDS, or one that cannot train on the device.
+    """
+    chosen = FASTEST.get(device, "reference") if name == "auto" else name
+    attention = load_backend(chosen)
+    if device not in BACKENDS[chosen]:
+        raise GLMError(
+            f"--glm-attention-backend {name}: runs on {' and '.join(BACKENDS[chosen])} and the "
+            f"model is on {device}; use auto or one of {', '.join(backends_of(device))}"
+        )
+    logger.info("prefix attention on %s: backend %s", device, chosen)
+    return attention

@@ -75,13 +75,13 @@ def check_backend(name: str, *, dropout_probability: float, dim: int, **argument
     With dropout the same kernels run at a rate of 2 ** -24, so that they drop next to nothing.
     The other arguments are those of `check_attention`.
     """
+    attend = select_backend(name, torch.device(arguments["device"]).type)
     dropout = None
     if dropout_probability > 0.0:
         seed = torch.zeros(2, dtype=torch.int32, device=arguments["device"])
         dropout = Dropout(2.0**-24, seed)
 
     def attention(query, key, value, samples):
-        attend = select_backend(name, query, dropout_probability)
         return attend(query, key, value, samples, softmax_scale=dim**-0.5, dropout=dropout)
 
     check_attention(attention, name=name, dim=dim, **arguments)

@@ -69,8 +69,7 @@ class PrefixAttention(MegatronModule):
                 "described by the samples [b, 2, k] in attention_mask"
             )
         probability = self.dropout_probability if self.training else 0.0
-        attend = select_backend(self.backend, query, probability)
-        return attend(
+        return select_backend(self.backend, query.device.type)(
             query,
             key,
             value,

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 
 from megatron_glm.errors import GLMError
-from megatron_glm.model.attention.backends import load_backend, select_backend
+from megatron_glm.model.attention.backends import backends_of, load_backend, select_backend
 from megatron_glm.model.attention.dropout import Dropout
 from tests.model.attention.packs import PACKS, packs, random_inputs, run, samples_from
 
@@ -21,9 +21,11 @@ DROPOUTS = {
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 6 * 2**-9, torch.float16: 6 * 2**-12}
 
 
-def assert_equals_reference(backend, batch, dtype, dropout, heads=3, dim=16):
-    samples = samples_from(batch)
-    mixed, grad = (x.to(dtype) for x in random_inputs(samples, heads, dim))
+def assert_equals_reference(backend, batch, dtype, dropout, heads=3, dim=16, device="cpu"):
+    samples = samples_from(batch).to(device)
+    mixed, grad = (x.to(device, dtype) for x in random_inputs(samples, heads, dim))
+    if dropout is not None:
+        dropout = dropout._replace(seed=dropout.seed.to(device))
     exact = run("reference", mixed.double(), grad.double(), samples, dropout)
     for actual, expected in zip(run(backend, mixed, grad, samples, dropout), exact, strict=True):
         assert actual.dtype == dtype
@@ -52,9 +54,9 @@ def test_backend_equals_reference_on_any_pack(backend, pack):
 @pytest.mark.parametrize("dropout", DROPOUTS.values(), ids=DROPOUTS)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("batch", PACKS.values(), ids=PACKS)
-@pytest.mark.parametrize("backend", ["flex", "triton"])
+@pytest.mark.parametrize("backend", backends_of("cuda"))
 def test_backend_equals_reference_on_gpu(backend, batch, dtype, dropout):
-    raise NotImplementedError
+    assert_equals_reference(backend, batch, dtype, dropout, dim=64, device="cuda")
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones():
@@ -63,6 +65,10 @@ def test_an_unknown_backend_is_refused_with_the_known_ones():
 
 
 def test_the_choice_on_a_cpu():
-    query = torch.zeros(4, 1, 1, 8)
-    assert select_backend("auto", query, 0.0) is load_backend("sdpa")
-    assert select_backend("reference", query, 0.1) is load_backend("reference")
+    assert select_backend("auto", "cpu") is load_backend("sdpa")
+    assert select_backend("reference", "cpu") is load_backend("reference")
+
+
+def test_a_backend_of_another_device_is_refused():
+    with pytest.raises(GLMError, match="flex: runs on cuda and the model is on cpu; use auto or "):
+        select_backend("flex", "cpu")

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_glm.model.attention.backends import BACKENDS, load_backend
+from megatron_glm.model.attention.backends import backends_of, load_backend
 from megatron_glm.model.attention.bounds import validate_samples
 from megatron_glm.model.attention.conformance import (
     MaskConformanceError,
@@ -17,7 +17,6 @@ from megatron_glm.model.attention.conformance import (
 )
 from tests.ranks import run_ranks
 
-CPU_BACKENDS = [name for name in BACKENDS if name not in ("triton",)]
 SHAPE = {"seq_length": 160, "heads": 2, "dim": 16, "max_samples": 8, "device": torch.device("cpu")}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 reference = partial(load_backend("reference"), softmax_scale=0.25)
@@ -77,16 +76,29 @@ def wrong_attention(distort, query, key, value, samples):
     return reference(query, key, value, samples)
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("dropout_probability", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", [*CPU_BACKENDS, "auto"])
+@pytest.mark.parametrize("name", ["auto", *backends_of("cpu")])
 def test_every_backend_passes(name, dtype, dropout_probability):
-    # Uncompiled FlexAttention takes a tenth of a second a call.
-    for batch in (1,) if name == "flex" else (1, 2):
+    for batch in (1, 2):
         check_backend(
             name, dropout_probability=dropout_probability, batch=batch, dtype=dtype, **SHAPE
         )
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_passes_uncompiled():
+    attention = partial(load_backend("flex"), softmax_scale=0.25)
+    check_attention(attention, name="flex", batch=1, dtype=torch.float32, **SHAPE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dropout_probability", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["auto", *backends_of("cuda")])
+def test_every_backend_passes_on_gpu(name, dtype, dropout_probability):
+    shape = SHAPE | {"seq_length": 1000, "dim": 64, "device": torch.device("cuda")}
+    check_backend(name, dropout_probability=dropout_probability, batch=2, dtype=dtype, **shape)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
