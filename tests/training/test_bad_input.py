@@ -1,0 +1,139 @@
+"""What a user can get wrong ends in one line that names it, and overwrites nothing."""
+
+import contextlib
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import run_ranks
+from tests.training.corpus import make_corpus
+from tests.training.pretraining import TINY, pretrain, pretrain_on_this_rank
+
+pytestmark = pytest.mark.ranks
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return make_corpus(tmp_path_factory.mktemp("corpus"), num_documents=60)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    pretrain([*TINY, *corpus.flags, "--train-iters", "3", "--save", str(folder)])
+    return folder
+
+
+def refuse(flags: list[str]) -> str:
+    """The last line that a refused run prints on standard error."""
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        try:
+            pretrain_on_this_rank(flags)
+        except SystemExit as stop:
+            assert stop.code == 2, stop.code
+            line = errors.getvalue().strip().splitlines()[-1]
+            assert line.startswith("pretrain_glm.py: error: "), errors.getvalue()
+            return line
+    raise AssertionError("the run was not refused")
+
+
+def refused(*flags: str) -> str:
+    (message,) = run_ranks(refuse, [*TINY, "--train-iters", "3", *flags], world_size=1,
+                           initialize=False)
+    return message
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def copy_of(corpus, folder: Path):
+    copied = shutil.copytree(Path(corpus.prefix).parent, folder / "copy")
+    return corpus._replace(prefix=str(copied / Path(corpus.prefix).name))
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_missing_data_file(corpus, tmp_path, suffix):
+    copy = copy_of(corpus, tmp_path)
+    Path(copy.prefix + suffix).unlink()
+    message = refused(*copy.flags)
+    assert copy.prefix in message
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_truncated_data_file(corpus, tmp_path, suffix):
+    copy = copy_of(corpus, tmp_path)
+    file = Path(copy.prefix + suffix)
+    file.write_bytes(file.read_bytes()[:-100])
+    message = refused(*copy.flags)
+    assert copy.prefix in message
+
+
+def test_tokenizer_that_the_data_was_not_made_with(corpus, tmp_path):
+    other = tmp_path / "tokenizer.json"
+    tokenizer = json.loads(Path(corpus.tokenizer_model).read_text())
+    tokenizer["model"]["merges"].pop()
+    other.write_text(json.dumps(tokenizer))
+    message = refused(*corpus._replace(tokenizer_model=str(other)).flags)
+    assert str(other) in message or corpus.prefix in message
+    assert "tokenizer" in message
+
+
+def test_missing_tokenizer_file(corpus, tmp_path):
+    message = refused(*corpus._replace(tokenizer_model=str(tmp_path / "none.json")).flags)
+    assert "none.json" in message
+
+
+def test_sequence_shorter_than_its_samples(corpus):
+    assert "--seq-length 32" in refused(*corpus.flags, "--seq-length", "32")
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["--rotary-angle-dtype", "fp16"], "--rotary-angle-dtype fp32 there, fp16 here"),
+    (["--unified-multitask-encoding"], "--unified-multitask-encoding False there, True here"),
+    (["--num-layers", "6"], "--num-layers 4 there, 6 here"),
+    (["--make-vocab-size-divisible-by", "100"], "--padded-vocab-size 384 there, 400 here"),
+])
+def test_checkpoint_of_other_settings(corpus, checkpoint, flags, named):
+    before = contents(checkpoint)
+    directories = ["--load", str(checkpoint), "--save", str(checkpoint)]
+    message = refused(*corpus.flags, *directories, *flags)
+    assert named in message and str(checkpoint) in message
+    assert contents(checkpoint) == before
+
+
+def test_a_run_that_is_over_says_how_to_go_on(corpus, checkpoint):
+    message = refused(*corpus.flags, "--load", str(checkpoint))
+    assert "--train-iters" in message and str(checkpoint) in message
+
+
+def test_a_run_is_not_overwritten_by_another(corpus, checkpoint):
+    before = contents(checkpoint)
+    assert "holds a run already" in refused(*corpus.flags, "--save", str(checkpoint))
+    assert contents(checkpoint) == before
+
+
+def test_checkpoint_of_another_program(corpus, tmp_path):
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
+    message = refused(*corpus.flags, "--load", str(tmp_path))
+    assert str(tmp_path) in message
+
+
+def explode(flags: list[str]) -> str:
+    try:
+        pretrain_on_this_rank(flags)
+    except RuntimeError as error:
+        return str(error)
+    raise AssertionError("the run went on with a loss that is not a number")
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(corpus, tmp_path):
+    flags = [*TINY, *corpus.flags, "--train-iters", "30", "--save", str(tmp_path),
+             "--save-interval", "1", "--lr", "1e30", "--min-lr", "1e30", "--rerun-mode",
+             "disabled"]  # fmt: skip
+    (message,) = run_ranks(explode, flags, world_size=1, initialize=False)
+    assert "in the loss" in message and "resume from it" in message
