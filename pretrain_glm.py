@@ -41,7 +41,11 @@ from megatron_glm.model.config import GLMModelConfig, GLMTransformerConfig  # no
 from megatron_glm.model.glm_model import GLMModel, check_mask_conformance  # noqa: E402
 from megatron_glm.training.batch import Batch, next_batch  # noqa: E402
 from megatron_glm.training.loss import LossParts, token_loss  # noqa: E402
-from megatron_glm.training.settings import check_checkpoints, current_settings  # noqa: E402
+from megatron_glm.training.settings import (  # noqa: E402
+    check_checkpoints,
+    check_samples_left,
+    current_settings,
+)
 
 
 def tokenizer_from_args(args: Namespace) -> GLMTokenizer:
@@ -74,8 +78,10 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
 
     Every stage and virtual stage reads its own batches, so each is given a dataset.
     """
+    args = get_args()
+    check_samples_left(args, num_samples[0])
     return train_valid_test_datasets(
-        dataset_config_from_args(get_args(), get_tokenizer()),
+        dataset_config_from_args(args, get_tokenizer()),
         num_samples,
         is_built_on_rank=lambda: get_tensor_model_parallel_rank() == 0,
     )

@@ -49,16 +49,15 @@ def current_settings(args: Namespace) -> dict:
 
 def compare_settings(saved: dict, current: dict, checkpoint: str) -> None:
     """Raises CheckpointMismatchError that lists every setting of the checkpoint that differs."""
-    lines = [
-        f"  {setting.flag}: {saved.get(setting.dest, _NO_VALUE)} in the checkpoint, "
-        f"{current[setting.dest]} now"
+    differences = [
+        f"{setting.flag} {saved.get(setting.dest, _NO_VALUE)} there, {current[setting.dest]} here"
         for setting in SETTINGS
         if saved.get(setting.dest, _NO_VALUE) != current[setting.dest]
     ]
-    if lines:
+    if differences:
         raise CheckpointMismatchError(
-            f"{checkpoint} was trained with other settings:\n" + "\n".join(lines) + "\n"
-            "Give the flags of the checkpoint, or another --load; nothing was loaded or overwritten."
+            f"{checkpoint} was trained with other settings: {'; '.join(differences)}. Give the "
+            "flags of the checkpoint, or another --load; nothing was loaded or overwritten"
         )
 
 
@@ -79,6 +78,16 @@ def check_checkpoints(args: Namespace) -> None:
                 f"--save {args.save} holds a run already, which this one would overwrite: give the "
                 "same directory to --load to continue it, or another one to --save"
             )
+
+
+def check_samples_left(args: Namespace, train_samples: int) -> None:
+    """Raises GLMError where the checkpoint that was loaded has seen all `train_samples` already."""
+    if not args.skip_train and args.consumed_train_samples >= train_samples:
+        raise GLMError(
+            f"--load {args.load}: iteration {args.iteration} has seen all {train_samples} samples of "
+            "this run already; raise --train-iters or --train-samples to go on, or pass "
+            "--skip-train to evaluate it"
+        )
 
 
 def _check_checkpoint(args: Namespace, directory: str) -> None:
