@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from functools import wraps
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 
@@ -22,9 +24,26 @@ def own_generator(build_pretraining_data_loader: Callable) -> Callable:
 
 
 def reproduces() -> bool:
-    """True where starting a loader without a generator moves the global one."""
+    """True where starting Megatron's loader moves the global generator."""
+    from megatron.training.datasets import data_samplers
+
+    args = SimpleNamespace(
+        dataloader_type="single",
+        micro_batch_size=1,
+        global_batch_size=1,
+        hybrid_context_parallel=False,
+        num_workers=0,
+    )
+    one_rank = SimpleNamespace(
+        get_data_parallel_rank=lambda: 0, get_data_parallel_world_size=lambda: 1
+    )
+    with (
+        mock.patch.object(data_samplers, "get_args", lambda: args),
+        mock.patch.object(data_samplers, "mpu", one_rank),
+    ):
+        loader = data_samplers.build_pretraining_data_loader([0], consumed_samples=0)
     before = torch.default_generator.get_state()
-    iter(torch.utils.data.DataLoader([0]))
+    iter(loader)
     return not torch.equal(before, torch.default_generator.get_state())
 
 

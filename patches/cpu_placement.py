@@ -21,13 +21,14 @@ class CudaMeansCpu(TorchFunctionMode):
         if kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": on_cpu(kwargs["device"])}
         elif func is torch.Tensor.to:
-            args = (args[0], *(on_cpu(a) if isinstance(a, str) else a for a in args[1:]))
+            args = (args[0], *map(on_cpu, args[1:]))
         return func(*args, **kwargs)
 
 
 def on_cpu(device: Any) -> Any:
     """`device`, or the CPU where it names a CUDA device."""
-    return CPU if str(device).startswith("cuda") else device
+    names_cuda = isinstance(device, str | torch.device) and str(device).startswith("cuda")
+    return CPU if names_cuda else device
 
 
 def tensor_cuda(tensor: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
@@ -56,7 +57,8 @@ def reproduces() -> bool:
 
 
 PATCH = Patch(
-    reason="148 places in Megatron name the device 'cuda' in a tensor factory, .to() or .cuda()",
+    reason="some 150 places in Megatron name the device 'cuda' in a tensor factory, .to() or "
+    ".cuda()",
     upstream="not reported",
     versions={"torch": "==2.11.*"},
     when="no GPU",

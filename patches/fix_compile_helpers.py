@@ -10,11 +10,16 @@ def compile_helpers() -> None:
 
 
 def reproduces() -> bool:
-    """True where the wheel has the built helper and no Makefile."""
-    from megatron.core import datasets
+    """True where the wheel has the built helper, and the attempt to build it ends the program."""
+    from megatron.core.datasets import helpers_cpp, utils
 
-    folder = Path(datasets.__file__).parent
-    return any(folder.glob("helpers_cpp*.so")) and not (folder / "Makefile").exists()
+    if Path(helpers_cpp.__file__).with_name("Makefile").exists():
+        return False
+    try:
+        utils.compile_helpers()
+    except (SystemExit, FileNotFoundError):
+        return True
+    return False
 
 
 PATCH = Patch(

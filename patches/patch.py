@@ -114,15 +114,38 @@ def no_gpu() -> bool:
     return not torch.cuda.is_available()
 
 
-def no_fused_kernels() -> bool:
-    """Whether neither Transformer Engine nor Apex is installed."""
-    return not any(importlib.util.find_spec(name) for name in ("transformer_engine", "apex"))
+def no_fused_adam() -> bool:
+    """Whether Megatron will fall back on torch's AdamW.
+
+    Raises RuntimeError where Transformer Engine is installed but cannot be imported: Megatron
+    would end with a bare AssertionError.
+    """
+    try:
+        return not (
+            has_module("transformer_engine.pytorch.optimizers") or has_module("apex.optimizers")
+        )
+    except Exception as error:
+        raise RuntimeError(
+            f"Transformer Engine or Apex is installed but its import fails: {error!r}. Install it "
+            "whole (for Transformer Engine also transformer-engine-torch, of the same version) "
+            "or uninstall it: Megatron works without."
+        ) from error
+
+
+def has_module(name: str) -> bool:
+    """Whether the module can be imported; any error but its absence is passed on."""
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    return True
 
 
 CONDITIONS: dict[str, Callable[[], bool]] = {
     "always": lambda: True,
+    "GPU": lambda: not no_gpu(),
     "no GPU": no_gpu,
-    "no Transformer Engine or Apex": no_fused_kernels,
+    "no Transformer Engine or Apex": no_fused_adam,
 }
 
 
