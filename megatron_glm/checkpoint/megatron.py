@@ -59,7 +59,7 @@ class MegatronCheckpoint:
         self.iteration: int = common.get("iteration", 0)
         self.settings = self._read_settings()
         self.dtype = self._check()
-        self.bits = None
+        self.bits, self.scales = None, {}
 
     def read(self, tensor: Tensor) -> torch.Tensor:
         """A whole tensor."""

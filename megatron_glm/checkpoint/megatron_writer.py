@@ -81,7 +81,10 @@ class MegatronWriter:
         }
         dcp.save(
             {},
-            storage_writer=dcp.FileSystemWriter(str(target), thread_count=1),
+            # Nothing is copied ahead: one tensor in memory at a time, on machines with GPUs too.
+            storage_writer=dcp.FileSystemWriter(
+                str(target), thread_count=1, per_thread_copy_ahead=0
+            ),
             planner=_StreamingPlanner(self.settings, self.dtype, common, read),
             no_dist=True,
         )

@@ -18,7 +18,10 @@ from megatron_glm.checkpoint.errors import (
     UnknownTensorError,
 )
 from megatron_glm.checkpoint.quantization import QuantizedWeight, unpack_int4
+from megatron_glm.checkpoint.record import recorded_settings
+from megatron_glm.checkpoint.settings import Settings
 from megatron_glm.checkpoint.table import (
+    TABLE,
     Dimensions,
     Format,
     Tensor,
@@ -51,7 +54,8 @@ class SATCheckpoint:
 
     Opening it reads the index of every shard and checks names, shapes and types against the table;
     CheckpointError says what does not fit. `num_attention_heads` is needed only where the file
-    lacks the rotary frequencies that tell it.
+    lacks the rotary frequencies that tell it. The format holds no settings: they are those of the
+    released GLM-130B unless a conversion.json beside it says otherwise.
     """
 
     def __init__(self, directory: str | Path, num_attention_heads: int | None = None):
@@ -61,8 +65,14 @@ class SATCheckpoint:
         self.tp_size = len(self._ranks)
         self.dimensions = self._infer_dimensions(num_attention_heads)
         self.bits = self._infer_bits()
+        self.scales = {
+            row.megatron: self.tp_size if row.split == 1 else 1
+            for row in TABLE
+            if self.bits and row.quantizable
+        }
         self.dtype = self._ranks[0][find_name("embedding.word_embeddings.weight")].dtype
         self._check()
+        self.settings = self._read_settings()
 
     def read(self, tensor: Tensor) -> torch.Tensor | QuantizedWeight:
         """A whole tensor in Megatron's layout; a QuantizedWeight where it is stored as codes."""
@@ -179,6 +189,20 @@ class SATCheckpoint:
             num_attention_heads=num_attention_heads,
             vocab_size=embedding.shape[0] * self.tp_size,
         )
+
+    def _read_settings(self) -> Settings:
+        released = Settings(
+            self.dimensions, rotary_angle_dtype="fp16", unified_multitask_encoding=True
+        )
+        recorded = recorded_settings(self.directory)
+        if recorded is None:
+            return released
+        if recorded.dimensions != self.dimensions:
+            raise CheckpointError(
+                f"{self.directory}: its conversion.json is of a model of other sizes "
+                f"({recorded.dimensions}, stored are {self.dimensions}); remove the wrong one"
+            )
+        return recorded
 
     def _infer_bits(self) -> int | None:
         stored = self._stored(0, find_name("decoder.layers.0.self_attention.linear_qkv.weight"))
