@@ -190,14 +190,22 @@ RECOMPUTE_REFUSED = {
 
 def add_glm_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Adds GLM's flags and defaults to Megatron's parser, after Megatron's own."""
-    known = {action.dest for action in parser._actions}
+    megatrons = {action.dest: action for action in parser._actions}
+    own = []
     for group, title in (
         (GLMRunArguments, "GLM run"),
         (GLMArchitecture, "GLM architecture"),
         (GLMDataArguments, "GLM data and objective"),
     ):
         # Megatron has some of GLM's names already (--mask-prob, --short-seq-prob).
-        ArgumentGroupFactory(group, exclude=sorted(known)).build_group(parser, title)
+        factory = ArgumentGroupFactory(group, exclude=sorted(megatrons))
+        own += factory.build_group(parser, title)._group_actions
+        for name in megatrons.keys() & factory.field_docstrings.keys():
+            megatrons[name].help = factory.field_docstrings[name]
+            own.append(megatrons[name])
+    for action in own:
+        if "default" not in action.help.lower():
+            action.help += " Default: %(default)s."
     _extend_choices(parser)
     defaults = dict(DEFAULTS)
     if not torch.cuda.is_available():
