@@ -20,6 +20,7 @@ BACKENDS = {
     "sdpa": ("cpu",),
     "chunked": ("cpu",),
     "flex": ("cuda",),
+    "triton": ("cuda",),
 }
 """Names that `--glm-attention-backend` takes besides auto, each a module beside this one, and the
 devices on which it can train."""

@@ -10,7 +10,9 @@ predecessor does are unused. Token i of a sample that starts at `start` sees the
 interval of queries that see a given key: a block of rows is bounded by its first and last row.
 """
 
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,6 +65,31 @@ def token_bounds(samples: Tensor, seq_length: int) -> Bounds:
         query_start=torch.where(token < context_end, start, token),
         query_end=ends.gather(1, index),
     )
+
+
+class PerBatch:
+    """Calls make(samples, seq_length) once for the layers and recomputations of a micro-batch.
+
+    Keeps what it made of the last few `samples`, and these with it, so that their memory cannot
+    be reused for others while the key, their address and version, is remembered.
+    """
+
+    def __init__(self, make: Callable[[Tensor, int], Any], num_kept: int = 4):
+        self._make = make
+        self._kept: deque = deque(maxlen=num_kept)
+
+    def __call__(self, samples: Tensor, seq_length: int) -> Any:
+        """What `make` returns or returned for these samples."""
+        # An inference tensor has no version, and a captured graph must compute anew each replay.
+        if samples.is_inference() or (samples.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return self._make(samples, seq_length)
+        key = (samples.data_ptr(), samples._version, samples.shape, samples.device, seq_length)
+        for kept_key, _, made in self._kept:
+            if kept_key == key:
+                return made
+        made = self._make(samples, seq_length)
+        self._kept.append((key, samples, made))
+        return made
 
 
 def dense_mask(samples: Tensor, seq_length: int) -> Tensor:

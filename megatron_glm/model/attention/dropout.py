@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Odd multipliers of two-round integer finalisers with low bias (as in Murmur3 and lowbias32),
-# written as the int32 that has the same bits.
-MIX = (0x7FEB352D, -0x795294B5)
+# Multipliers of the integer finalisers lowbias32 (nullprogram.com/blog/2018/07/31) and, without
+# its last round, Murmur3, and the odd word nearest to 2**32 / golden ratio; written as the int32
+# that has the same bits.
+MIX = (0x7FEB352D, -0x7B935975)
 HASH = (-0x7A143595, -0x3D4D51CB)
 GOLDEN = -0x61C88647
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from megatron_glm.model.attention.bounds import Bounds, token_bounds
+from megatron_glm.model.attention.bounds import PerBatch, token_bounds
 from megatron_glm.model.attention.dropout import Dropout, is_kept, key_word, query_word
 
 BLOCK = 128
@@ -36,7 +36,7 @@ def attention(
     seq_length, batch, heads, dim = query.shape
     attend = _kernel(query.device.type)
     q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-    options = {"block_mask": block_mask(token_bounds(samples, seq_length)), "scale": softmax_scale}
+    options = {"block_mask": _block_mask(samples, seq_length), "scale": softmax_scale}
     if dropout is None:
         out = attend(q, k, v, **options)
     else:
@@ -55,10 +55,9 @@ def _kernel(device):
     return torch.compile(flex_attention, fullgraph=True) if device == "cuda" else flex_attention
 
 
-def block_mask(bounds: Bounds) -> BlockMask:
-    """FlexAttention's mask from the intervals of `bounds`, by blocks, without a sync."""
-    key_start, key_end = bounds.key_start, bounds.key_end
-    batch, seq_length = key_start.shape
+def block_mask(samples: Tensor, seq_length: int) -> BlockMask:
+    """FlexAttention's mask of `samples` [b, 2, k], by blocks, without a sync."""
+    key_start, key_end, _, _ = token_bounds(samples, seq_length)
     block_start = torch.arange(0, seq_length, BLOCK, device=key_start.device)
     block_end = (block_start + BLOCK).clamp_max(seq_length)
     first, last = block_start, block_end - 1
@@ -77,6 +76,9 @@ def block_mask(bounds: Bounds) -> BlockMask:
         mask_mod=visible,
         seq_lengths=(seq_length, seq_length),
     )
+
+
+_block_mask = PerBatch(block_mask)
 
 
 def _block_lists(blocks):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from megatron_glm.model.attention.bounds import dense_mask, token_bounds
+from megatron_glm.model.attention.bounds import dense_mask
 from megatron_glm.model.attention.flex import BLOCK, block_mask
 from tests.model.attention.packs import PACKS, packs, samples_from
 
@@ -20,7 +20,7 @@ def block_sets(count, indices, num_blocks):
 
 def assert_blocks_equal_mask(batch, seq_length):
     samples = samples_from(batch)
-    mask = block_mask(token_bounds(samples, seq_length))
+    mask = block_mask(samples, seq_length)
     num_blocks = -(-seq_length // BLOCK)
     partial = block_sets(mask.kv_num_blocks, mask.kv_indices, num_blocks)
     full = block_sets(mask.full_kv_num_blocks, mask.full_kv_indices, num_blocks)
@@ -52,5 +52,5 @@ def test_blocks_of_any_pack(pack):
 def test_packed_samples_skip_what_lies_outside():
     # Four samples of three blocks: only the 4 * 9 blocks on the diagonal are ever visited, and
     # above the diagonal only those of the contexts, one block each.
-    mask = block_mask(token_bounds(samples_from([[(3 * BLOCK, BLOCK)] * 4]), 12 * BLOCK))
+    mask = block_mask(samples_from([[(3 * BLOCK, BLOCK)] * 4]), 12 * BLOCK)
     assert mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum() == 4 * 6
