@@ -168,7 +168,8 @@ def dataset_config_from_args(args: Namespace, tokenizer: Any) -> GLMDatasetConfi
         path_to_cache=args.data_cache_path,
         mmap_bin_files=args.mmap_bin_files,
         reset_attention_mask=args.reset_attention_mask,
-        consumed_train_samples=args.consumed_train_samples,
+        # Set in training: by Megatron's check of the flags, and from a checkpoint.
+        consumed_train_samples=getattr(args, "consumed_train_samples", 0),
         mix_state=getattr(args, "mix_state", None),
         **{item.name: getattr(args, item.name) for item in fields(GLMDataArguments)},
     )

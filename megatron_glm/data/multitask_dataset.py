@@ -138,6 +138,10 @@ class MultitaskDataset(MegatronDataset):
         places = self.samples[self.order[begin : int(self.ends[pack])]].tolist()
         return [(place, self._sample(place)) for place in places]
 
+    def target_length(self, place: int) -> int:
+        """Tokens of a sample's target in its file. place: the sample's place in the files."""
+        return int(self.dataset.targets.sequence_lengths[place]) - self._tails[1]
+
     def _sample(self, place: int) -> Sample:
         prompt, target = (
             self._read(dataset, place, tail)
