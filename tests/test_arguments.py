@@ -50,7 +50,7 @@ def parse(parser, *flags):
 def test_flags_of_table_11_are_the_defaults(parser):
     given, default = parse(parser, *TABLE_11), parse(parser)
     assert vars(given) == vars(default)
-    assert default.adam_beta2 == 0.95 and default.initial_loss_scale == 65536
+    assert default.adam_beta2 == 0.95 and default.loss_scale_window == 2000
     assert default.calculate_per_token_loss and default.attention_softmax_in_fp32
 
 

@@ -51,3 +51,13 @@ def pretrain_on_this_rank(flags: list[str]) -> list[Step]:
     with contextlib.suppress(SystemExit) if "--exit-interval" in flags else contextlib.nullcontext():
         pretrain_glm.main()
     return steps
+
+
+def with_fixed_weights(flags: list[str], folder: str) -> list[str]:
+    """The same flags, starting from one set of weights, which is written to `folder`.
+
+    Megatron seeds its initialisation by pipeline rank, and draws other numbers in half precision.
+    """
+    pretrain([*flags, "--train-iters", "1", "--lr", "0", "--min-lr", "0", "--lr-warmup-iters", "0",
+              "--save", folder, "--no-save-optim"])  # fmt: skip
+    return [*flags, "--finetune", "--load", folder]

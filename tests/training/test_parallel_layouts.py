@@ -1,13 +1,9 @@
-"""Every parallel layout trains the same model as one rank, from the same weights and data.
-
-Layouts are compared from a checkpoint of one rank, because Megatron seeds its initialisation by
-pipeline rank.
-"""
+"""Every parallel layout trains the same model as one rank, from the same weights and data."""
 
 import pytest
 
 from tests.training.corpus import make_corpus
-from tests.training.pretraining import TINY, pretrain
+from tests.training.pretraining import TINY, pretrain, with_fixed_weights
 
 pytestmark = pytest.mark.ranks
 NUM_STEPS = 20
@@ -37,10 +33,7 @@ def start(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layouts")
     corpus = make_corpus(folder)
     flags = [*TINY, *corpus.flags, "--train-iters", str(NUM_STEPS)]
-    weights = str(folder / "weights")
-    pretrain([*flags, "--train-iters", "1", "--lr", "0", "--min-lr", "0", "--lr-warmup-iters", "0",
-              "--save", weights, "--no-save-optim"])  # fmt: skip
-    flags += ["--pretrained-checkpoint", weights, "--finetune", "--load", weights]
+    flags = with_fixed_weights(flags, str(folder / "weights"))
     steps = pretrain(flags)
     assert len(steps) == NUM_STEPS
     return flags, steps
