@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import numpy as np
+import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.utils import log_single_rank
 
@@ -15,6 +16,9 @@ from megatron_glm.data.indexed import check_indexed_dataset
 logger = logging.getLogger(__name__)
 
 FINGERPRINT_SUFFIX = ".tokenizer.json"
+# The check reads the index whole. Hundreds of ranks that read gigabytes of it from one file system
+# would wait for it longer than for anything else, so beyond this many bytes one does it for all.
+_LARGE_INDEX = 1 << 28
 _REBUILD = "make the data again with tools/preprocess_data.py"
 
 
@@ -24,11 +28,21 @@ def open_indexed_dataset(prefix: str, tokenizer: Any, mmap: bool = True) -> Inde
     Raises GLMError where a file is missing or damaged, where the two do not belong together, or
     where PREFIX.tokenizer.json names another tokenizer than the one given.
     """
-    check_indexed_dataset(prefix)
+    if _is_first_rank() or _index_size(prefix) < _LARGE_INDEX:
+        check_indexed_dataset(prefix)
     check_fingerprint(prefix, tokenizer)
     if os.path.getsize(f"{prefix}.bin") == 0:
         raise DataError(f"{prefix}.bin: all its documents are empty; {_REBUILD}")
     return IndexedDataset(prefix, multimodal=False, mmap=mmap)
+
+
+def _is_first_rank() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def _index_size(prefix: str) -> int:
+    path = f"{prefix}.idx"
+    return os.path.getsize(path) if os.path.isfile(path) else 0
 
 
 def check_fingerprint(prefix: str, tokenizer: Any) -> None:

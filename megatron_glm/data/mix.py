@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from math import lcm
 
+from megatron_glm.errors import GLMError
+
 # Shares of prompt/target data are whole multiples of one over this.
 _UNIT = 1 << 32
 
@@ -81,11 +83,17 @@ class Mix:
         """This mix for a run that has read `consumed_samples` sequences under the mix of `state`.
 
         The same mix goes on where it was. Another one begins there: each source goes on behind the
-        last sequence read of it, and the share of multitask data ramps from what it was.
+        last sequence read of it, and the share of multitask data ramps from what it was. Raises
+        GLMError where the state is of a later time.
         """
         if state is None:
             return self
         old = Mix(**state)
+        if consumed_samples < old.start:
+            raise GLMError(
+                f"the checkpoint's mix of data begins at sequence {old.start}, but the run is at "
+                f"{consumed_samples}: both must be of the same checkpoint"
+            )
         if self._plan() == old._plan():
             return old
         reached = old._share_at(consumed_samples)

@@ -4,10 +4,12 @@ import json
 from collections import defaultdict
 
 import numpy as np
+import pytest
 import torch
 
 from megatron_glm.data.blank_infilling import OBJECTIVE_NAMES, Objective
 from megatron_glm.data.ledger import Ledger, ledger_lines
+from tests.ranks import run_ranks
 
 
 def random_batch(rng, size=4, rows=6, length=64):
@@ -65,3 +67,22 @@ def test_a_source_that_is_no_longer_read_is_remembered():
         "new [gMASK]: 1 samples, 100 tokens (25.00%), 100 targets",
         "old [MASK]: 1 samples, 300 tokens (75.00%), 20 targets",
     ]
+
+
+def state_of_rank():
+    rank = torch.distributed.get_rank()
+    ledger = Ledger(["a", "b"])
+    ledger.load_state_dict({"a": {"[MASK]": [7, 8, 9]}})
+    ledger.add(*random_batch(np.random.RandomState(rank)))
+    return ledger.state_dict(torch.distributed.group.WORLD)
+
+
+@pytest.mark.ranks
+def test_ranks_are_added_up_and_what_came_before_counts_once():
+    expected = naive([random_batch(np.random.RandomState(rank)) for rank in range(2)], ["a", "b"])
+    expected["a", "[MASK]"] = [
+        a + b for a, b in zip(expected["a", "[MASK]"], [7, 8, 9], strict=True)
+    ]
+    for state in run_ranks(state_of_rank, world_size=2):
+        assert {(source, name): row for source, rows in state.items()
+                for name, row in rows.items()} == dict(expected)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_glm.data.mix import Mix, split_stream, stream_counts, to_shares
+from megatron_glm.errors import GLMError
 
 SHARES = st.lists(st.integers(0, 50), min_size=1, max_size=6).filter(any)
 
@@ -90,6 +91,13 @@ def test_a_resumed_run_reads_what_an_uninterrupted_one_would():
     plan = Mix.of({"a": 1, "b": 2}, {"t": 1}, Fraction(1, 10), 100)
     resumed = plan.continued(plan.state_dict(), 57)
     assert [plan.locate(i) for i in range(57, 400)] == [resumed.locate(i) for i in range(57, 400)]
+
+
+def test_a_state_of_a_later_time_is_refused():
+    plan = Mix.of({"a": 1}, {}, Fraction(0))
+    later = Mix.of({"a": 1, "b": 1}, {}, Fraction(0)).continued(plan.state_dict(), 100)
+    with pytest.raises(GLMError, match="begins at sequence 100, but the run is at 50"):
+        plan.continued(later.state_dict(), 50)
 
 
 def test_a_changed_share_ramps_from_where_it_was():
