@@ -1,0 +1,1 @@
+"""Filling blanks: prefill, decode, search, and a server."""
