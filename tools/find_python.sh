@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Print the path of a Python that can run this project, or say on stderr which one to install.
+# Print the path of a Python that can run this project, or say which one to install.
 #
 # A name proves little: a pyenv shim exists for versions that are not selected, and Debian's python3
 # may come without venv. So a candidate is believed only after it has run.

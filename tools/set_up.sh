@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make the virtual environment and install the pinned versions: tools/set_up.sh VENV STAMP
+# Make the virtual environment and install the pinned versions: set_up.sh VENV STAMP
 #
 # STAMP is written last, so that a set-up which failed or was interrupted is done again.
 set -euo pipefail

@@ -1,0 +1,156 @@
+#!/usr/bin/env bash
+# Train a small GLM from scratch on text of this machine, and let it fill blanks.
+#
+#     examples/quickstart.sh [WORK_DIR]        WORK_DIR: where everything goes, ./quickstart_run
+#
+# A stage whose output is complete is skipped: after Ctrl-C the same command goes on. For a better
+# model give it longer, in a WORK_DIR of its own: QUICKSTART_STEPS=5000.
+set -euo pipefail
+
+work=${1:-quickstart_run}
+mkdir -p "$work"
+shown=$work
+work=$(cd "$work" && pwd)
+cd "$(dirname "$0")/.."
+
+steps=${QUICKSTART_STEPS:-720}
+vocab_size=${QUICKSTART_VOCAB_SIZE:-2048}
+roots=${QUICKSTART_ROOTS:-} # folders to take text from; the running Python's own where empty
+seq_length=256
+if [ "$steps" -lt 36 ]; then
+    echo "quickstart: QUICKSTART_STEPS=$steps: must be at least 36, so that there is a curve" >&2
+    exit 2
+fi
+
+settings="steps $steps, vocabulary $vocab_size, text from ${roots:-the running Python}"
+if [ ! -e "$work/settings" ]; then
+    echo "$settings" >"$work/settings"
+elif [ "$(cat "$work/settings")" != "$settings" ]; then
+    echo "quickstart: $shown was begun with other settings ($(cat "$work/settings"));" >&2
+    echo "remove it, or name another folder: examples/quickstart.sh WORK_DIR" >&2
+    exit 2
+fi
+
+export PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # spinning is costly where others use the cores
+if [ -z "${OMP_NUM_THREADS:-}" ]; then
+    # torchrun would set 1, for many processes a machine. More than 8 only wait for each other here.
+    OMP_NUM_THREADS=$(python -c 'import os; print(min(8, len(os.sched_getaffinity(0))))')
+    export OMP_NUM_THREADS
+fi
+
+trap 'echo; echo "Stopped. The same command goes on from here."; exit 130' INT TERM
+mkdir -p "$work/done"
+begin() { # NAME TITLE: true where the stage is still to be done
+    echo
+    echo "== $2"
+    if [ -e "$work/done/$1" ]; then
+        echo "  (done before)"
+        return 1
+    fi
+}
+finish() { touch "$work/done/$1"; }
+
+tokenizer=(--tokenizer-type HuggingFaceTokenizer --tokenizer-model "$work/tokenizer.json")
+device=cpu precision=()
+if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    device=gpu precision=(--bf16)
+fi
+training=(
+    --glm-preset tiny --seq-length "$seq_length"
+    --train-data-path "$work/data/train_text_document"
+    --valid-data-path "$work/data/valid_text_document"
+    "${tokenizer[@]}" --data-cache-path "$work/data/cache" --num-workers 1
+    # Half of the sequences for each objective; [MASK] samples of 128 tokens.
+    --gpt-prob 0.5 --aggregated-samples-per-sequence 2
+    --train-iters "$steps" --global-batch-size 8 --micro-batch-size 8 "${precision[@]}"
+    # A word embedding of the usual size: GLM-130B's 0.0052 takes this few steps to grow out of.
+    --lr 1e-3 --min-lr 1e-4 --lr-warmup-iters $((steps / 36)) --init-method-std 0.02
+    --attention-dropout 0 --hidden-dropout 0
+    --eval-interval $((steps / 6)) --eval-iters 20
+)
+
+train() { # FLAGS: trains on from the last checkpoint, if there is one
+    torchrun --standalone --nproc-per-node 1 pretrain_glm.py "${training[@]}" \
+        --save "$work/checkpoint" --load "$work/checkpoint" --save-interval $((steps / 6)) \
+        --log-interval $((steps / 36)) --tensorboard-dir "$work/tensorboard" "$@" 2>&1 |
+        python tools/show_progress.py --log "$work/train.log" --seq-length "$seq_length" ||
+        fail "$work/train.log"
+}
+quietly() { # LOG COMMAND
+    local log=$1
+    shift
+    "$@" >"$log" 2>&1 || fail "$log"
+}
+fail() { # LOG
+    echo "quickstart: this stage failed; the end of $1:" >&2
+    tail -n 25 "$1" >&2
+    exit 1
+}
+
+if begin text "1/8 Gather text: the documentation of Python and of the installed packages"; then
+    root_flags=()
+    for root in $roots; do root_flags+=(--root "$root"); done
+    python tools/gather_text.py --output-dir "$work/text" --valid-ratio 0.02 "${root_flags[@]}"
+    finish text
+fi
+if begin tokenizer "2/8 Train a tokenizer on it: byte-level BPE"; then
+    python tools/train_tokenizer.py --input "$work/text/train.jsonl" \
+        --vocab-size "$vocab_size" --output "$work/tokenizer.json" --overwrite
+    finish tokenizer
+fi
+if begin data "3/8 Turn the text into token ids, in Megatron's format"; then
+    mkdir -p "$work/data"
+    for part in train valid; do
+        python tools/preprocess_data.py --input "$work/text/$part.jsonl" "${tokenizer[@]}" \
+            --append-eod --output-prefix "$work/data/$part" --overwrite
+    done
+    finish data
+fi
+if begin baseline "4/8 Measure what guessing by word frequency alone would lose, on held-out text"; then
+    quietly "$work/baseline.log" \
+        python tools/measure_unigram.py --output "$work/baseline.json" "${training[@]}"
+    grep '^unigram model' "$work/baseline.log" | sed 's/^/  /'
+    finish baseline
+fi
+if begin first_half "5/8 Train on the $device, filling [MASK] and [gMASK] blanks, and stop half way"; then
+    train --exit-interval $((steps / 2))
+    finish first_half
+fi
+if begin second_half "6/8 Resume from the checkpoint, and train to the end"; then
+    train
+    finish second_half
+fi
+if begin plot "7/8 Draw the losses"; then
+    python tools/plot_losses.py "$work/train.log" --baseline "$work/baseline.json" \
+        --output "$work/losses.png"
+    finish plot
+fi
+if begin blanks "8/8 Let it fill blanks"; then
+    quietly "$work/blanks.log" python tools/generate.py --load "$work/checkpoint" \
+        "${tokenizer[@]}" \
+        --prompt 'Returns: [MASK]: True if the two objects are equal, False otherwise.' \
+        --prompt 'Raises [MASK] if the key is not found in the dictionary.' \
+        --prompt 'hidden_states (`torch.Tensor` of shape [gMASK]'
+    finish blanks
+fi
+cat "$work/blanks.log"
+
+echo
+echo "== What it learned"
+verdict=0
+python tools/compare_baseline.py "$work/train.log" --baseline "$work/baseline.json" || verdict=$?
+cat <<EOF
+
+checkpoint   $shown/checkpoint
+log          $shown/train.log
+loss plot    $shown/losses.png
+TensorBoard  tensorboard --logdir $shown/tensorboard
+EOF
+if [ "$verdict" = 0 ]; then
+    echo "quickstart: done in $((SECONDS / 60)) min $((SECONDS % 60)) s;" \
+        "the held-out loss of both objectives is below the unigram model's"
+else
+    echo "quickstart: the model has not learned enough; give it longer with QUICKSTART_STEPS" >&2
+fi
+exit "$verdict"
