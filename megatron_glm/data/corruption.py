@@ -104,7 +104,8 @@ class Corruption:
             dealt = np.zeros(len(pieces), dtype=np.int64)
             dealt[np.argsort(-sizes, kind="stable")[: kind.num_blanks]] = 1
         else:
-            dealt = share_out(min(blanks, int(sizes.sum() + 1) // 2), sizes)
+            # A third at most: then every piece has room for its spans with a token between them.
+            dealt = share_out(min(blanks, int(sizes.sum()) // 3), sizes)
         result = [Part(*part) for part in zip(pieces, map(int, dealt), strict=True)]
         return result + ([Part(np.concatenate(surplus), 0)] if surplus else [])
 

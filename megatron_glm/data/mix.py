@@ -109,8 +109,16 @@ class Mix:
         return asdict(self)
 
     def locate(self, index: int) -> tuple[str, int]:
-        """Source of sequence `index` >= start of the run, and the sequence's index in it."""
+        """Source of sequence `index` of the run, and the sequence's index in that source.
+
+        Raises GLMError for an index before `start`, which another mix decided.
+        """
         offset = index - self.start
+        if offset < 0:
+            raise GLMError(
+                f"sequence {index} was read under an earlier mix of data: this one begins at "
+                f"{self.start}; ask a checkpoint from before that"
+            )
         before = self._multitask_count(offset)
         if self._multitask_count(offset + 1) > before:
             group, offset = self.multitask, before

@@ -98,6 +98,8 @@ def test_a_state_of_a_later_time_is_refused():
     later = Mix.of({"a": 1, "b": 1}, {}, Fraction(0)).continued(plan.state_dict(), 100)
     with pytest.raises(GLMError, match="begins at sequence 100, but the run is at 50"):
         plan.continued(later.state_dict(), 50)
+    with pytest.raises(GLMError, match="sequence 99 was read under an earlier mix"):
+        later.locate(99)
 
 
 def test_a_changed_share_ramps_from_where_it_was():
