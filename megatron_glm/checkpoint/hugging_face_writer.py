@@ -190,7 +190,7 @@ class HuggingFaceWriter:
         return config
 
     def _write_tokenizer(self, folder: Path, tokenizer: ExportedTokenizer) -> None:
-        (folder / "glm_tokenizer.model").write_bytes(tokenizer.model)
+        (folder / "glm_text.model").write_bytes(tokenizer.model)
         _copy_code(_TOKENIZER_FILE, folder)
         name = "MegatronGLMTokenizer"
         _write_json(

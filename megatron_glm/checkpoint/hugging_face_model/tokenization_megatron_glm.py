@@ -88,7 +88,8 @@ class MegatronGLMTokenizer(PreTrainedTokenizer):
     """See the module. kind: "sentencepiece" or "tokenizers"; options: of its class above;
     special_ids: id of every special token."""
 
-    vocab_files_names = {"vocab_file": "glm_tokenizer.model"}
+    # transformers takes names like "tokenizer.model" for files of other kinds.
+    vocab_files_names = {"vocab_file": "glm_text.model"}
     model_input_names = ["input_ids", "attention_mask"]
     padding_side = "left"
 
