@@ -26,6 +26,8 @@ def staged_directory(target: Path, num_bytes: int, overwrite: bool = False) -> I
     """
     target = Path(os.path.abspath(target))
     partial = target.with_name(target.name + ".partial")
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"--save {target}: is a file, and a folder is to be written")
     if _holds_something(target) and not overwrite:
         raise CheckpointError(
             f"--save {target}: exists and is not empty; give another folder, or --overwrite"
@@ -46,7 +48,7 @@ def staged_directory(target: Path, num_bytes: int, overwrite: bool = False) -> I
 
 
 def _holds_something(path: Path) -> bool:
-    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    return path.exists() and any(path.iterdir())
 
 
 @contextlib.contextmanager
@@ -59,7 +61,7 @@ def _disk_errors(target: Path, num_bytes: int) -> Iterator[None]:
                 f"--save {target}: the disk is full; {num_bytes / 1e9:.3f} GB are needed in all. "
                 "Nothing was left behind"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
+        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise CheckpointError(f"--save {target}: cannot be written ({error})") from error
         raise
 
