@@ -16,12 +16,14 @@ from functools import cache, partial  # noqa: E402
 import torch  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.core.parallel_state import (  # noqa: E402
+    get_data_parallel_group,
     get_tensor_model_parallel_group,
     get_tensor_model_parallel_rank,
+    is_pipeline_first_stage,
 )
 from megatron.core.rerun_state_machine import get_rerun_state_machine  # noqa: E402
 from megatron.core.utils import unwrap_model  # noqa: E402
-from megatron.training import get_args, get_timers, pretrain  # noqa: E402
+from megatron.training import get_args, get_timers, pretrain, print_rank_0  # noqa: E402
 from megatron.training.argument_utils import (  # noqa: E402
     core_transformer_config_from_args,
     gpt_config_from_args,
@@ -36,6 +38,7 @@ from megatron_glm.arguments import (  # noqa: E402
 )
 from megatron_glm.data.builder import train_valid_test_datasets  # noqa: E402
 from megatron_glm.data.config import dataset_config_from_args, objective_names  # noqa: E402
+from megatron_glm.data.ledger import Ledger, ledger_lines  # noqa: E402
 from megatron_glm.data.tokenizer import GLMTokenizer, build_tokenizer  # noqa: E402
 from megatron_glm.model.config import GLMModelConfig, GLMTransformerConfig  # noqa: E402
 from megatron_glm.model.glm_model import GLMModel, check_mask_conformance  # noqa: E402
@@ -45,6 +48,7 @@ from megatron_glm.training.settings import (  # noqa: E402
     check_checkpoints,
     check_samples_left,
     current_settings,
+    run_before_saves,
 )
 
 
@@ -80,11 +84,14 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
     """
     args = get_args()
     check_samples_left(args, num_samples[0])
-    return train_valid_test_datasets(
+    datasets = train_valid_test_datasets(
         dataset_config_from_args(args, get_tokenizer()),
         num_samples,
         is_built_on_rank=lambda: get_tensor_model_parallel_rank() == 0,
     )
+    if datasets[0] is not None:
+        args.mix_state = datasets[0].mix.state_dict()
+    return datasets
 
 
 # Every rank takes part: Megatron's builder lets rank 0 write the caches while the others wait.
@@ -94,8 +101,29 @@ datasets_provider.is_distributed = True
 @cache
 def loss_parts() -> LossParts:
     args = get_args()
-    sources = dict(enumerate(args.source_names))
-    return LossParts(objective_names(args), sources, args.padded_vocab_size)
+    return LossParts(
+        objective_names(args), args.train_sources, args.eval_sources, args.padded_vocab_size
+    )
+
+
+@cache
+def ledger() -> Ledger:
+    args = get_args()
+    counts = Ledger(args.source_prefixes)
+    counts.load_state_dict(getattr(args, "ledger_state", {}))
+    return counts
+
+
+def store_ledger() -> None:
+    """Adds up what all data parallel ranks have read, prints it, and leaves it to the checkpoint.
+
+    The first pipeline stage counts: rank 0, whose arguments Megatron stores, is in it.
+    """
+    if is_pipeline_first_stage(ignore_virtual=True):
+        state = ledger().state_dict(get_data_parallel_group())
+        get_args().ledger_state = state
+        for line in ledger_lines(state):
+            print_rank_0(f" ledger | {line}")
 
 
 def loss_func(batch: Batch, training: bool, losses: torch.Tensor) -> tuple:
@@ -129,6 +157,8 @@ def forward_step(data_iterator: Iterator | None, model: torch.nn.Module) -> tupl
         tp_group=get_tensor_model_parallel_group(),
     )
     timers("batch-generator").stop()
+    if glm.training and glm.pre_process:
+        ledger().add(batch.objectives, batch.sources, batch.sample_ends, batch.loss_mask)
 
     losses = model(batch.tokens, batch.position_ids, batch.samples, labels=batch.labels)
     return losses, partial(loss_func, batch, glm.training)
@@ -136,6 +166,7 @@ def forward_step(data_iterator: Iterator | None, model: torch.nn.Module) -> tupl
 
 def main() -> None:
     args = parse_glm_args(tokenizer_from_args)
+    run_before_saves(store_ledger)
     with exit_with_one_line(args):
         pretrain(
             pretrain_cfg_container_from_args(args, model_config_from_args(args)),

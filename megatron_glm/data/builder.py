@@ -10,10 +10,15 @@ from operator import attrgetter
 import numpy as np
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.utils import Split, get_blend_from_list
+from megatron.core.datasets.utils import Split
 from megatron.core.utils import log_single_rank
 
-from megatron_glm.data.config import DataError, GLMDatasetConfig, source_prefixes
+from megatron_glm.data.config import (
+    DataError,
+    GLMDatasetConfig,
+    multitask_blend,
+    source_prefixes,
+)
 from megatron_glm.data.glm_dataset import GLMDataset
 from megatron_glm.data.mix import Mix, to_shares
 from megatron_glm.data.multitask_dataset import MultitaskDataset
@@ -77,10 +82,6 @@ def _build_split(
     blend = config.blend if config.blend is not None else config.blend_per_split[split.value]
     if blend is None or num_samples == 0:
         return None
-    multitask_blend = None
-    # Without --split nothing divides prompt/target data: all of it is for training.
-    if config.multitask_ratio > 0 and (config.blend is not None or split == Split.train):
-        multitask_blend = get_blend_from_list(config.multitask_data_path)
 
     def build(cls: type, blend: tuple | None) -> dict[str, tuple[Source, float | None]]:
         prefixes, weights = blend or ([], None)
@@ -89,7 +90,9 @@ def _build_split(
                     for prefix in prefixes]
         return _with_data(datasets, weights or [None] * len(prefixes), split)
 
-    text, multitask = build(GLMDataset, blend), build(MultitaskDataset, multitask_blend)
+    text, multitask = build(GLMDataset, blend), build(
+        MultitaskDataset, multitask_blend(config, split)
+    )
     if not text:
         return None
     numbers = {prefix: number for number, prefix in enumerate(source_prefixes(config))}

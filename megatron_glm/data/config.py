@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
-from megatron.core.datasets.utils import get_blend_from_list
+from megatron.core.datasets.utils import Split, get_blend_from_list
 
 from megatron_glm.data.blank_infilling import OBJECTIVE_NAMES, Objective
 from megatron_glm.errors import GLMError
@@ -150,7 +150,8 @@ def default_max_samples(seq_length: int) -> int:
 
 def dataset_config_from_args(args: Namespace, tokenizer: Any) -> GLMDatasetConfig:
     """The dataset config of parsed flags. Fills in what follows from others:
-    `args.max_samples_per_sequence` where not given, and `args.source_names`."""
+    `args.max_samples_per_sequence` where not given, `args.source_prefixes`, and the names of
+    `args.train_sources` and `args.eval_sources` by their number in a batch."""
     # Only entry points have flags, and they have imported Megatron's trainer, which takes seconds.
     from megatron.training.utils import get_blend_and_blend_per_split
 
@@ -174,16 +175,39 @@ def dataset_config_from_args(args: Namespace, tokenizer: Any) -> GLMDatasetConfi
         **{item.name: getattr(args, item.name) for item in fields(GLMDataArguments)},
     )
     args.max_samples_per_sequence = config.max_samples_per_sequence
-    args.source_names = source_names(config)
+    args.source_prefixes = source_prefixes(config)
+    args.train_sources = split_sources(config, Split.train)
+    args.eval_sources = split_sources(config, Split.valid) | split_sources(config, Split.test)
     return config
 
 
 def source_prefixes(config: GLMDatasetConfig) -> list[str]:
     """The prefixes that a run reads, in the order of their numbers in a batch (`sources`)."""
-    blends = config.blend_per_split if config.blend is None else [config.blend]
-    text = [prefix for blend in blends if blend is not None for prefix in blend[0]]
-    multitask, _ = get_blend_from_list(config.multitask_data_path) or ([], None)
-    return list(dict.fromkeys(text + multitask))
+    splits = [prefix for split in Split for prefix in _prefixes_of(config, split)]
+    return list(dict.fromkeys(splits))
+
+
+def split_sources(config: GLMDatasetConfig, split: Split) -> dict[int, str]:
+    """The sources that a split reads: number in a batch -> name in a log."""
+    names = dict(zip(source_prefixes(config), source_names(config), strict=True))
+    own = _prefixes_of(config, split)
+    return {number: name for number, (prefix, name) in enumerate(names.items()) if prefix in own}
+
+
+def _prefixes_of(config: GLMDatasetConfig, split: Split) -> list[str]:
+    blend = config.blend if config.blend is not None else config.blend_per_split[split.value]
+    multitask = multitask_blend(config, split)
+    return [prefix for part in (blend, multitask) if part is not None for prefix in part[0]]
+
+
+def multitask_blend(config: GLMDatasetConfig, split: Split) -> tuple | None:
+    """Prefixes and weights of the prompt/target data of a split.
+
+    Without --split nothing divides it, and all of it is for training.
+    """
+    if config.multitask_ratio > 0 and (config.blend is not None or split == Split.train):
+        return get_blend_from_list(config.multitask_data_path)
+    return None
 
 
 def source_names(config: GLMDatasetConfig) -> list[str]:

@@ -21,21 +21,26 @@ class LossParts:
     guess, ln(vocabulary). Evaluation carries nothing: an objective without data reads nan.
     """
 
-    def __init__(self, objectives: dict[int, str], sources: dict[int, str], vocab_size: int):
+    def __init__(
+        self,
+        objectives: dict[int, str],
+        train_sources: dict[int, str],
+        eval_sources: dict[int, str],
+        vocab_size: int,
+    ):
         """objectives, sources: id in the batch -> name in the log; a single source is not listed."""
         self.objectives = objectives
-        self.sources = sources if len(sources) > 1 else {}
-        self._last = dict.fromkeys(self._names(), math.log(vocab_size))
-
-    def _names(self) -> list[str]:
-        return [*self.objectives.values(), *self.sources.values()]
+        self.sources = {True: train_sources, False: eval_sources}
+        names = (*objectives.values(), *train_sources.values())
+        self._last = dict.fromkeys(names, math.log(vocab_size))
 
     def __call__(self, losses: Tensor, batch: Batch, training: bool) -> dict[str, Tensor]:
         """losses: [b, s] fp32, per token. Returns name -> [sum, number of tokens], on the device."""
         report = {"lm loss": torch.stack(((losses * batch.loss_mask).sum(), batch.loss_mask.sum()))}
-        for ids, names in ((batch.objectives, self.objectives), (batch.sources, self.sources)):
-            if not names:
-                continue
+        groups = [(batch.objectives, self.objectives)]
+        if len(self.sources[training]) > 1:
+            groups.append((batch.sources, self.sources[training]))
+        for ids, names in groups:
             of_token = batch.per_token(ids)
             for index, name in names.items():
                 mask = batch.loss_mask * (of_token == index)

@@ -9,6 +9,8 @@ import contextlib
 import io
 import os
 from argparse import Namespace
+from collections.abc import Callable
+from functools import wraps
 from typing import NamedTuple
 
 from megatron_glm.errors import GLMError
@@ -34,6 +36,9 @@ SETTINGS = (
     Setting("unified_multitask_encoding", "--unified-multitask-encoding"),
     Setting("tokenizer_fingerprint", "--tokenizer-model"),
 )
+# Where the data of a run stands: the mix of its sources, and the ledger of what it has read.
+# Megatron stores its arguments with every checkpoint, and these with them.
+DATA_STATES = ("mix_state", "ledger_state")
 # Meant to be shown, not to be typed.
 _NO_VALUE = "(not stored)"
 
@@ -80,6 +85,20 @@ def check_checkpoints(args: Namespace) -> None:
             )
 
 
+def run_before_saves(action: Callable[[], None]) -> None:
+    """Has every rank call `action` before a checkpoint is written, for which Megatron has no hook."""
+    from megatron.training import training
+
+    save = training.save_checkpoint_and_time
+
+    @wraps(save)
+    def save_after_action(*args, **kwargs):
+        action()
+        return save(*args, **kwargs)
+
+    training.save_checkpoint_and_time = save_after_action
+
+
 def check_samples_left(args: Namespace, train_samples: int) -> None:
     """Raises GLMError where the checkpoint that was loaded has seen all `train_samples` already."""
     if not args.skip_train and args.consumed_train_samples >= train_samples:
@@ -99,6 +118,9 @@ def _check_checkpoint(args: Namespace, directory: str) -> None:
             "tools/convert_checkpoint.py"
         )
     compare_settings(settings, current_settings(args), directory)
+    if directory == args.load and not args.finetune:
+        for state in DATA_STATES:
+            setattr(args, state, getattr(saved, state))
     other_layout = any(
         getattr(saved, size) != getattr(args, size)
         for size in ("tensor_model_parallel_size", "pipeline_model_parallel_size")

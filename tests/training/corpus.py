@@ -26,10 +26,13 @@ class Corpus(NamedTuple):
         ]
 
 
-def make_corpus(folder: Path, num_documents: int = 400) -> Corpus:
+def make_corpus(
+    folder: Path, num_documents: int = 400, seed: int = 0, tokenizer_model: str | None = None
+) -> Corpus:
     """Documents of made-up words, some of which always follow each other, so that there is
-    something to learn."""
-    words = random.Random(0)
+    something to learn; with a tokenizer of their own unless one is given."""
+    folder.mkdir(exist_ok=True)
+    words = random.Random(seed)
     lexicon = ["".join(words.choices("abcdefghij", k=words.randint(2, 6))) for _ in range(200)]
     texts = []
     for _ in range(num_documents):
@@ -40,16 +43,7 @@ def make_corpus(folder: Path, num_documents: int = 400) -> Corpus:
             chosen.append(lexicon[at])
         texts.append(" ".join(chosen))
 
-    model = Tokenizer(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(vocab_size=VOCABULARY, show_progress=False,
-                            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()),
-    )
-    tokenizer_model = str(folder / "tokenizer.json")
-    model.save(tokenizer_model)
-
+    tokenizer_model = tokenizer_model or train_tokenizer(texts, folder / "tokenizer.json")
     tokenizer = build_tokenizer("HuggingFaceTokenizer", tokenizer_model)
     prefix = str(folder / "corpus_text_document")
     builder = IndexedDatasetBuilder(f"{prefix}.bin")
@@ -59,3 +53,18 @@ def make_corpus(folder: Path, num_documents: int = 400) -> Corpus:
     builder.finalize(f"{prefix}.idx")
     Path(f"{prefix}.tokenizer.json").write_text(json.dumps(tokenizer.fingerprint))
     return Corpus(prefix, tokenizer_model)
+
+
+def train_tokenizer(texts: list[str], file: Path) -> str:
+    """A byte-level BPE of VOCABULARY tokens; returns the name of its file."""
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    model.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY, show_progress=False, initial_alphabet=alphabet
+        ),
+    )
+    model.save(str(file))
+    return str(file)

@@ -25,7 +25,8 @@ def make_batch(objectives, sources, ends):
 
 
 def parts(*sources):
-    return LossParts({0: "[MASK]", 1: "[gMASK]"}, dict(enumerate(sources)), VOCABULARY)
+    sources = dict(enumerate(sources))
+    return LossParts({0: "[MASK]", 1: "[gMASK]"}, sources, sources, VOCABULARY)
 
 
 def ratio(pair):
@@ -80,3 +81,11 @@ def test_a_single_source_is_not_reported_twice():
     assert set(parts("only")(losses, batch, True)) == {
         "lm loss", "lm loss [MASK]", "lm loss [gMASK]"
     }
+
+
+def test_sources_are_those_of_the_phase():
+    """A corpus that only validation reads would otherwise show a uniform guess all the run long."""
+    batch, losses = make_batch([[0, 1]], [[0, 1]], [[6, 12]])
+    report = LossParts({}, {0: "train"}, {0: "train", 1: "held-out"}, VOCABULARY)
+    assert set(report(losses, batch, True)) == {"lm loss"}
+    assert set(report(losses, batch, False)) == {"lm loss", "lm loss train", "lm loss held-out"}
