@@ -67,7 +67,14 @@ training=(
     # A word embedding of the usual size: GLM-130B's 0.0052 takes this few steps to grow out of.
     --lr 1e-3 --min-lr 1e-4 --lr-warmup-iters $((steps / 36)) --init-method-std 0.02
     --attention-dropout 0 --hidden-dropout 0
-    --eval-interval $((steps / 6)) --eval-iters 20
+    # One step late, so that the last evaluation is the one after the end.
+    --eval-interval $((steps / 6 + 1)) --eval-iters 20
+)
+
+prompts=(
+    'Returns: [MASK]: True if the two objects are equal, False otherwise.'
+    'Raises [MASK] if the key is not found in the dictionary.'
+    'hidden_states (`torch.Tensor` of shape [gMASK]'
 )
 
 train() { # FLAGS: trains on from the last checkpoint, if there is one
@@ -76,11 +83,6 @@ train() { # FLAGS: trains on from the last checkpoint, if there is one
         --log-interval $((steps / 36)) --tensorboard-dir "$work/tensorboard" "$@" 2>&1 |
         python tools/show_progress.py --log "$work/train.log" --seq-length "$seq_length" ||
         fail "$work/train.log"
-}
-quietly() { # LOG COMMAND
-    local log=$1
-    shift
-    "$@" >"$log" 2>&1 || fail "$log"
 }
 fail() { # LOG
     echo "quickstart: this stage failed; the end of $1:" >&2
@@ -108,8 +110,8 @@ if begin data "3/8 Turn the text into token ids, in Megatron's format"; then
     finish data
 fi
 if begin baseline "4/8 Measure what guessing by word frequency alone would lose, on held-out text"; then
-    quietly "$work/baseline.log" \
-        python tools/measure_unigram.py --output "$work/baseline.json" "${training[@]}"
+    python tools/measure_unigram.py --output "$work/baseline.json" "${training[@]}" \
+        >"$work/baseline.log" 2>&1 || fail "$work/baseline.log"
     grep '^unigram model' "$work/baseline.log" | sed 's/^/  /'
     finish baseline
 fi
@@ -126,15 +128,13 @@ if begin plot "7/8 Draw the losses"; then
         --output "$work/losses.png"
     finish plot
 fi
-if begin blanks "8/8 Let it fill blanks"; then
-    quietly "$work/blanks.log" python tools/generate.py --load "$work/checkpoint" \
-        "${tokenizer[@]}" \
-        --prompt 'Returns: [MASK]: True if the two objects are equal, False otherwise.' \
-        --prompt 'Raises [MASK] if the key is not found in the dictionary.' \
-        --prompt 'hidden_states (`torch.Tensor` of shape [gMASK]'
+if begin blanks "8/8 Let it fill three blanks: what it wrote stands between ⟦ and ⟧"; then
+    python tools/generate.py --load "$work/checkpoint" "${tokenizer[@]}" --max-new-tokens 24 \
+        --prompt "${prompts[0]}" --prompt "${prompts[1]}" --prompt "${prompts[2]}" \
+        >"$work/blanks.txt" 2>"$work/blanks.log" || fail "$work/blanks.log"
     finish blanks
 fi
-cat "$work/blanks.log"
+sed 's/^/  /' "$work/blanks.txt"
 
 echo
 echo "== What it learned"

@@ -14,26 +14,26 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt  # noqa: E402
 
+from megatron_glm.data.blank_infilling import OBJECTIVE_NAMES  # noqa: E402
 from megatron_glm.training.log_lines import read_losses  # noqa: E402
 
 
 def draw(train: dict, valid: dict, baseline: dict[str, float], output: Path) -> None:
-    """Write a picture of loss curves.
+    """Write a picture of loss curves, of each objective that there is.
 
     train, valid: {objective: {iteration: nats per token}}. baseline: {objective: nats per token},
     drawn as a level line. output: its suffix chooses the format.
     """
-    names = [name for name in train if name] or list(train)
+    names = [name for name in OBJECTIVE_NAMES.values() if name in train]
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for index, name in enumerate(names):
         color = f"C{index}"
-        label = name or "all"
-        axes.plot(*_points(train[name]), color=color, alpha=0.5, label=f"{label}, training")
+        axes.plot(*_points(train[name]), color=color, alpha=0.5, label=f"{name}, training")
         if valid.get(name):
-            axes.plot(*_points(valid[name]), color=color, marker="o", label=f"{label}, held out")
+            axes.plot(*_points(valid[name]), color=color, marker="o", label=f"{name}, held out")
         if name in baseline:
             axes.axhline(
-                baseline[name], color=color, linestyle="--", label=f"{label}, unigram model"
+                baseline[name], color=color, linestyle="--", label=f"{name}, unigram model"
             )
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats per token")

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from megatron_glm.data.blank_infilling import OBJECTIVE_NAMES
 from megatron_glm.training.log_lines import LogLine, read_line
 
 _NEWS = (
@@ -22,14 +23,17 @@ _NEWS = (
 def show(lines: Iterable[str], seq_length: int) -> Iterator[str]:
     """The lines to show for the lines of a log. seq_length: tokens in a sequence."""
     columns: list[str] = []
+    last_news = None
     for line in lines:
         report = read_line(line)
         if report is None:
-            for pattern, text in _NEWS:
-                if match := pattern.search(line):
-                    yield "  " + text.format(match[1])
+            news = _news(line)
+            # A run that ends where it saves says so twice.
+            if news and news != last_news:
+                yield f"  {news}"
+                last_news = news
             continue
-        names = [name for name in report.losses if name.startswith("[")]
+        names = [name for name in OBJECTIVE_NAMES.values() if name in report.losses]
         if report.is_valid:
             losses = ", ".join(f"{name} {report.losses[name]:.3f}" for name in names)
             yield f"  held-out loss after step {report.iteration}: {losses}"
@@ -39,6 +43,13 @@ def show(lines: Iterable[str], seq_length: int) -> Iterator[str]:
             heads = "".join(f"{name:>10}" for name in names)
             yield f"{'step':>14}{heads}{'tokens/s':>10}{'left':>10}"
         yield "  " + _row(report, names, seq_length)
+
+
+def _news(line: str) -> str | None:
+    for pattern, text in _NEWS:
+        if match := pattern.search(line):
+            return text.format(match[1])
+    return None
 
 
 def _row(report: LogLine, names: list[str], seq_length: int) -> str:

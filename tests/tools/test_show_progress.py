@@ -21,8 +21,8 @@ def test_a_step_shows_losses_speed_and_time_left():
     assert row.split() == ["20/50", "6.250", "6.750", "2,048", "1:00"]
 
 
-def test_the_head_is_shown_once_and_noise_not_at_all():
-    lines = list(show_progress.show(["noise\n", STEP, STEP, VALID, SAVED], seq_length=256))
+def test_heads_and_news_are_shown_once_and_noise_not_at_all():
+    lines = list(show_progress.show(["noise\n", STEP, STEP, VALID, SAVED, SAVED], seq_length=256))
     assert len(lines) == 5
     assert "[MASK] 5.500" in lines[3] and lines[4].strip() == "saved after step 20"
 
