@@ -15,9 +15,23 @@ from megatron_glm.model.attention.dropout import Dropout
 
 LOG2_E = 1.4426950408889634
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Both spans of a program that a mask crosses cost a block each, so neither side is large.
-BLOCKS = {"forward": (128, 64), "backward_queries": (128, 64), "backward_keys": (64, 128)}
-WIDE_HEAD = 128
+# Queries and keys of a block, and warps, as large as the registers hold without spilling: the
+# asynchronous tensor cores of Hopper read their operands from shared memory and so leave more.
+# Chosen by compiling, untimed: `python -m benchmarks.attention` on the machine has the last word.
+BLOCKS = {
+    "hopper": {
+        "forward": (128, 64, 8),
+        "backward_queries": (128, 64, 8),
+        "backward_keys": (64, 128, 8),
+    },
+    "other": {
+        "forward": (128, 64, 8),
+        "backward_queries": (64, 64, 4),
+        "backward_keys": (32, 64, 4),
+    },
+}
+ROW_BYTES = 256
+"""Bytes of a row of one head for which BLOCKS are meant, as 128 of bf16."""
 _bounds = PerBatch(token_bounds)
 
 
@@ -32,26 +46,28 @@ class Launch(NamedTuple):
     num_stages: int
 
 
-def launch_of(kernel: str, dims: int, element_size: int, shared_memory: int) -> Launch:
-    """Blocks that fit: as many stages of loads in flight as the shared memory holds.
+def launch_of(
+    kernel: str, dims: int, element_size: int, capability: tuple[int, int], shared_memory: int
+) -> Launch:
+    """Blocks that fit: as many stages of loads in flight as the shared memory holds, at most 3.
 
     Args:
-        kernel: a key of BLOCKS.
+        kernel: forward, backward_queries or backward_keys.
         dims: d, rounded up to a power of two.
         element_size: bytes of an element of the query.
+        capability: of the GPU, as (9, 0).
         shared_memory: bytes that one program may use.
     """
-    queries, keys = BLOCKS[kernel]
-    # fp32 products and wide heads fill registers and shared memory twice as fast.
-    shrink = max(1, dims * element_size // (WIDE_HEAD * 2))
+    row = dims * element_size
+    is_hopper = capability[0] == 9 and element_size == 2
+    queries, keys, num_warps = BLOCKS["hopper" if is_hopper else "other"][kernel]
+    shrink = max(row // ROW_BYTES, 1 if element_size == 2 else 2)
     queries, keys = max(16, queries // shrink), max(16, keys // shrink)
     owned, walked = (keys, queries) if kernel == "backward_keys" else (queries, keys)
-    row = dims * element_size
-    held = owned * row * (1 if kernel == "forward" else 2)
-    # Between their products the probabilities pass through shared memory too.
-    held += queries * keys * element_size
-    stages = max(1, min(3, (shared_memory - held) // (2 * walked * row)))
-    return Launch(queries, keys, 8 if queries * keys >= 128 * 64 else 4, stages)
+    # What stays for the whole walk, and the tile of probabilities between two products.
+    held = owned * row * (1 if kernel == "forward" else 2) + queries * keys * element_size
+    stages = (shared_memory - held) // (2 * walked * row)
+    return Launch(queries, keys, num_warps, max(1, min(3, stages)))
 
 
 def attention(
@@ -141,7 +157,7 @@ class _Call:
 
     def launch(self, name: str, pointers: tuple, strided: tuple, factors: tuple) -> None:
         """Run one of the kernels of BLOCKS over all blocks of what it owns."""
-        launch = launch_of(name, self.dims, self.element_size, _shared_memory(self.device))
+        launch = launch_of(name, self.dims, self.element_size, *_limits(self.device))
         owned = launch.BLOCK_N if name == "backward_keys" else launch.BLOCK_M
         getattr(kernels, name)[(-(-self.seq_length // owned), self.pairs)](
             *pointers,
@@ -149,7 +165,7 @@ class _Call:
             self.seq_length, self.num_heads, *factors,
             HEAD_DIM=self.dim, DIMS=self.dims, DROPOUT=self.has_dropout, PRECISION=self.precision,
             **launch._asdict(),
-        )  # fmt: skip
+        )
 
     def launch_output_dot_gradient(self, out: Tensor, grad: Tensor, delta: Tensor) -> None:
         """Fill `delta` for the backward kernels."""
@@ -164,8 +180,9 @@ def _dense_heads(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one program may use; of a small GPU where there is none."""
+def _limits(device: torch.device) -> tuple[tuple[int, int], int]:
+    """Capability and bytes of shared memory a program; those of a small GPU where there is none."""
     if device.type != "cuda":
-        return 64 * 1024
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        return (7, 5), 64 * 1024
+    properties = torch.cuda.get_device_properties(device)
+    return (properties.major, properties.minor), properties.shared_memory_per_block_optin

@@ -3,7 +3,9 @@
 A program owns a block of rows and walks the blocks of columns that one of them sees. Both ends
 of a row's interval grow along the sequence (see `bounds`), so the first and last row of a block
 give the blocks to visit and, among these, the ones that every row sees whole, which need no
-mask. That holds for queries over keys and for keys over queries alike.
+mask. That holds for queries over keys and for keys over queries alike. Masked and whole blocks
+share one loop with a branch: accumulators that pass from loop to loop make ptxas serialise the
+tensor cores of Hopper.
 
 Tensors are [s, b, n, d] with any strides but 1 on d; per-row words are [b, s] or [b * n, s].
 Softmax is in fp32, in powers of two.
@@ -81,41 +83,6 @@ def _visits(start_pointer, end_pointer, first, last, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _forward_span(
-    acc, row_max, row_sum, query, k_pointer, v_pointer, k_stride, v_stride, key_start, key_end,
-    query_words, seed_pointer, begin, end, num_rows, scale, threshold,
-    BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr,
-    MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-):
-    """One online-softmax pass of a block of queries over the keys [begin, end)."""
-    dims = tl.arange(0, DIMS)
-    for start in range(begin, end, BLOCK_N):
-        keys = start + tl.arange(0, BLOCK_N)
-        key = _load_rows(k_pointer, keys, k_stride, dims, num_rows, HEAD_DIM)
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
-        if MASKED:
-            visible = (keys[None, :] >= key_start[:, None]) & (keys[None, :] < key_end[:, None])
-            scores = tl.where(visible, scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
-        # A row may see nothing of this block, nor of those before it.
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
-        probability = tl.exp2(scores - shift[:, None])
-        decay = tl.exp2(row_max - shift)
-        row_sum = row_sum * decay + tl.sum(probability, 1)
-        if DROPOUT:
-            kept = _kept(
-                query_words[:, None], _key_words(seed_pointer, keys)[None, :], threshold
-            )
-            probability = tl.where(kept, probability, 0.0)
-        value = _load_rows(v_pointer, keys, v_stride, dims, num_rows, HEAD_DIM)
-        acc = tl.dot(
-            probability.to(value.dtype), value, acc * decay[:, None], input_precision=PRECISION
-        )
-        row_max = new_max
-    return acc, row_max, row_sum
-
-
-@triton.jit
 def forward(
     q_pointer, k_pointer, v_pointer, out_pointer, lse_pointer,
     key_start_pointer, key_end_pointer, seed_pointer,
@@ -139,40 +106,45 @@ def forward(
     if DROPOUT:
         query_words = _query_words(seed_pointer, pair, rows)
 
+    q_pointer += batch * q_b + head * q_n
     k_pointer += batch * k_b + head * k_n
     v_pointer += batch * v_b + head * v_n
-    query = _load_rows(
-        q_pointer + batch * q_b + head * q_n, rows, q_s, dims, num_rows, HEAD_DIM
-    )
+    query = _load_rows(q_pointer, rows, q_s, dims, num_rows, HEAD_DIM)
     acc = tl.zeros((BLOCK_M, DIMS), dtype=tl.float32)
     row_max = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
     begin, whole_begin, whole_end, end = _visits(
         key_start_pointer, key_end_pointer, first, last, BLOCK_N
     )
-    acc, row_max, row_sum = _forward_span(
-        acc, row_max, row_sum, query, k_pointer, v_pointer, k_s, v_s, key_start, key_end,
-        query_words, seed_pointer, begin, whole_begin, num_rows, scale, threshold,
-        BLOCK_N, HEAD_DIM, DIMS, True, DROPOUT, PRECISION,
-    )
-    acc, row_max, row_sum = _forward_span(
-        acc, row_max, row_sum, query, k_pointer, v_pointer, k_s, v_s, key_start, key_end,
-        query_words, seed_pointer, whole_begin, whole_end, num_rows, scale, threshold,
-        BLOCK_N, HEAD_DIM, DIMS, False, DROPOUT, PRECISION,
-    )
-    acc, row_max, row_sum = _forward_span(
-        acc, row_max, row_sum, query, k_pointer, v_pointer, k_s, v_s, key_start, key_end,
-        query_words, seed_pointer, whole_end, end, num_rows, scale, threshold,
-        BLOCK_N, HEAD_DIM, DIMS, True, DROPOUT, PRECISION,
-    )
-    _store_rows(
-        out_pointer + batch * o_b + head * o_n, acc * (keep_factor / row_sum)[:, None],
-        rows, o_s, dims, num_rows, HEAD_DIM,
-    )
-    tl.store(
-        lse_pointer + pair.to(tl.int64) * num_rows + rows, row_max + tl.log2(row_sum),
-        mask=rows < num_rows,
-    )
+    for start in range(begin, end, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        key = _load_rows(k_pointer, keys, k_s, dims, num_rows, HEAD_DIM)
+        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+        if (start < whole_begin) | (start >= whole_end):
+            visible = (keys[None, :] >= key_start[:, None]) & (keys[None, :] < key_end[:, None])
+            scores = tl.where(visible, scores, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        # A row may see nothing of this block, nor of those before it.
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        probability = tl.exp2(scores - shift[:, None])
+        decay = tl.exp2(row_max - shift)
+        row_sum = row_sum * decay + tl.sum(probability, 1)
+        if DROPOUT:
+            kept = _kept(
+                query_words[:, None], _key_words(seed_pointer, keys)[None, :], threshold
+            )
+            probability = tl.where(kept, probability, 0.0)
+        value = _load_rows(v_pointer, keys, v_s, dims, num_rows, HEAD_DIM)
+        acc = tl.dot(
+            probability.to(value.dtype), value, acc * decay[:, None], input_precision=PRECISION
+        )
+        row_max = new_max
+
+    out_pointer += batch * o_b + head * o_n
+    out = acc * (keep_factor / row_sum)[:, None]
+    _store_rows(out_pointer, out, rows, o_s, dims, num_rows, HEAD_DIM)
+    lse_pointer += pair.to(tl.int64) * num_rows
+    tl.store(lse_pointer + rows, row_max + tl.log2(row_sum), mask=rows < num_rows)
 
 
 @triton.jit
@@ -184,44 +156,12 @@ def output_dot_gradient(
     pair = tl.program_id(1)
     batch, head = (pair // num_heads).to(tl.int64), (pair % num_heads).to(tl.int64)
     rows, dims = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, DIMS)
-    out = _load_rows(
-        out_pointer + batch * o_b + head * o_n, rows, o_s, dims, num_rows, HEAD_DIM
-    )
-    grad = _load_rows(
-        grad_pointer + batch * g_b + head * g_n, rows, g_s, dims, num_rows, HEAD_DIM
-    )
-    tl.store(
-        delta_pointer + pair.to(tl.int64) * num_rows + rows,
-        tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1), mask=rows < num_rows,
-    )
-
-
-@triton.jit
-def _query_span(
-    acc, query, grad, lse, delta, k_pointer, v_pointer, k_stride, v_stride, key_start, key_end,
-    query_words, seed_pointer, begin, end, num_rows, scale, threshold, keep_factor,
-    BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr,
-    MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-):
-    dims = tl.arange(0, DIMS)
-    for start in range(begin, end, BLOCK_N):
-        keys = start + tl.arange(0, BLOCK_N)
-        key = _load_rows(k_pointer, keys, k_stride, dims, num_rows, HEAD_DIM)
-        value = _load_rows(v_pointer, keys, v_stride, dims, num_rows, HEAD_DIM)
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
-        probability = tl.exp2(scores - lse[:, None])
-        if MASKED:
-            visible = (keys[None, :] >= key_start[:, None]) & (keys[None, :] < key_end[:, None])
-            probability = tl.where(visible, probability, 0.0)
-        slope = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
-        if DROPOUT:
-            kept = _kept(
-                query_words[:, None], _key_words(seed_pointer, keys)[None, :], threshold
-            )
-            slope = tl.where(kept, slope * keep_factor, 0.0)
-        slope = probability * (slope - delta[:, None])
-        acc = tl.dot(slope.to(key.dtype), key, acc, input_precision=PRECISION)
-    return acc
+    out_pointer += batch * o_b + head * o_n
+    grad_pointer += batch * g_b + head * g_n
+    out = _load_rows(out_pointer, rows, o_s, dims, num_rows, HEAD_DIM).to(tl.float32)
+    grad = _load_rows(grad_pointer, rows, g_s, dims, num_rows, HEAD_DIM).to(tl.float32)
+    delta_pointer += pair.to(tl.int64) * num_rows
+    tl.store(delta_pointer + rows, tl.sum(out * grad, 1), mask=rows < num_rows)
 
 
 @triton.jit
@@ -243,66 +183,94 @@ def backward_queries(
     key_end_pointer += batch * num_rows
     key_start = tl.load(key_start_pointer + tl.minimum(rows, last))
     key_end = tl.load(key_end_pointer + tl.minimum(rows, last))
-    # Rows beyond the sequence load zeros, so their probabilities need no guard beyond a finite lse.
-    row_words = pair.to(tl.int64) * num_rows + rows
-    lse = tl.load(lse_pointer + row_words, mask=rows < num_rows, other=0.0)
-    delta = tl.load(delta_pointer + row_words, mask=rows < num_rows, other=0.0)
+    # Rows beyond the sequence have zero gradients: a finite lse is all that they need.
+    words = pair.to(tl.int64) * num_rows + rows
+    lse = tl.load(lse_pointer + words, mask=rows < num_rows, other=0.0)
+    delta = tl.load(delta_pointer + words, mask=rows < num_rows, other=0.0)
     query_words = rows
     if DROPOUT:
         query_words = _query_words(seed_pointer, pair, rows)
 
+    q_pointer += batch * q_b + head * q_n
     k_pointer += batch * k_b + head * k_n
     v_pointer += batch * v_b + head * v_n
-    query = _load_rows(
-        q_pointer + batch * q_b + head * q_n, rows, q_s, dims, num_rows, HEAD_DIM
-    )
-    grad = _load_rows(
-        grad_pointer + batch * g_b + head * g_n, rows, g_s, dims, num_rows, HEAD_DIM
-    )
-    acc = tl.zeros((BLOCK_M, DIMS), dtype=tl.float32)
+    grad_pointer += batch * g_b + head * g_n
+    query = _load_rows(q_pointer, rows, q_s, dims, num_rows, HEAD_DIM)
+    grad = _load_rows(grad_pointer, rows, g_s, dims, num_rows, HEAD_DIM)
+    dq = tl.zeros((BLOCK_M, DIMS), dtype=tl.float32)
     begin, whole_begin, whole_end, end = _visits(
         key_start_pointer, key_end_pointer, first, last, BLOCK_N
     )
-    acc = _query_span(
-        acc, query, grad, lse, delta, k_pointer, v_pointer, k_s, v_s, key_start, key_end,
-        query_words, seed_pointer, begin, whole_begin, num_rows, scale, threshold, keep_factor,
-        BLOCK_N, HEAD_DIM, DIMS, True, DROPOUT, PRECISION,
-    )
-    acc = _query_span(
-        acc, query, grad, lse, delta, k_pointer, v_pointer, k_s, v_s, key_start, key_end,
-        query_words, seed_pointer, whole_begin, whole_end, num_rows, scale, threshold, keep_factor,
-        BLOCK_N, HEAD_DIM, DIMS, False, DROPOUT, PRECISION,
-    )
-    acc = _query_span(
-        acc, query, grad, lse, delta, k_pointer, v_pointer, k_s, v_s, key_start, key_end,
-        query_words, seed_pointer, whole_end, end, num_rows, scale, threshold, keep_factor,
-        BLOCK_N, HEAD_DIM, DIMS, True, DROPOUT, PRECISION,
-    )
-    _store_rows(
-        dq_pointer + batch * dq_b + head * dq_n, acc * softmax_scale, rows, dq_s, dims, num_rows,
-        HEAD_DIM,
-    )
+    for start in range(begin, end, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        key = _load_rows(k_pointer, keys, k_s, dims, num_rows, HEAD_DIM)
+        value = _load_rows(v_pointer, keys, v_s, dims, num_rows, HEAD_DIM)
+        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+        probability = tl.exp2(scores - lse[:, None])
+        if (start < whole_begin) | (start >= whole_end):
+            visible = (keys[None, :] >= key_start[:, None]) & (keys[None, :] < key_end[:, None])
+            probability = tl.where(visible, probability, 0.0)
+        slope = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
+        if DROPOUT:
+            kept = _kept(
+                query_words[:, None], _key_words(seed_pointer, keys)[None, :], threshold
+            )
+            slope = tl.where(kept, slope * keep_factor, 0.0)
+        slope = probability * (slope - delta[:, None])
+        dq = tl.dot(slope.to(key.dtype), key, dq, input_precision=PRECISION)
+
+    dq_pointer += batch * dq_b + head * dq_n
+    _store_rows(dq_pointer, dq * softmax_scale, rows, dq_s, dims, num_rows, HEAD_DIM)
 
 
 @triton.jit
-def _key_span(
-    dk, dv, key, value, q_pointer, grad_pointer, lse_pointer, delta_pointer, q_stride, g_stride,
-    query_start, query_end, key_words, pair, seed_pointer, begin, end, num_rows, scale, threshold,
-    keep_factor,
-    BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr,
-    MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+def backward_keys(
+    q_pointer, k_pointer, v_pointer, grad_pointer, lse_pointer, delta_pointer,
+    dk_pointer, dv_pointer, query_start_pointer, query_end_pointer, seed_pointer,
+    q_s, q_b, q_n, k_s, k_b, k_n, v_s, v_b, v_n, g_s, g_b, g_n, dk_s, dk_b, dk_n, dv_s, dv_b, dv_n,
+    num_rows, num_heads, scale, softmax_scale, threshold, keep_factor,
+    HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """One pass of a block of keys over the queries [begin, end); tiles are [keys, queries]."""
-    dims = tl.arange(0, DIMS)
+    """Gradients of one block of keys and of its values; grid (blocks, b * n).
+
+    Tiles of probabilities are [keys, queries] here, so that the products need no transposition.
+    """
+    first = tl.program_id(0) * BLOCK_N
+    pair = tl.program_id(1)
+    batch, head = (pair // num_heads).to(tl.int64), (pair % num_heads).to(tl.int64)
+    keys, dims = first + tl.arange(0, BLOCK_N), tl.arange(0, DIMS)
+    last = tl.minimum(first + BLOCK_N, num_rows) - 1
+    query_start_pointer += batch * num_rows
+    query_end_pointer += batch * num_rows
+    query_start = tl.load(query_start_pointer + tl.minimum(keys, last))
+    query_end = tl.load(query_end_pointer + tl.minimum(keys, last))
+    key_words = keys
+    if DROPOUT:
+        key_words = _key_words(seed_pointer, keys)
+
+    q_pointer += batch * q_b + head * q_n
+    k_pointer += batch * k_b + head * k_n
+    v_pointer += batch * v_b + head * v_n
+    grad_pointer += batch * g_b + head * g_n
+    lse_pointer += pair.to(tl.int64) * num_rows
+    delta_pointer += pair.to(tl.int64) * num_rows
+    key = _load_rows(k_pointer, keys, k_s, dims, num_rows, HEAD_DIM)
+    value = _load_rows(v_pointer, keys, v_s, dims, num_rows, HEAD_DIM)
+    dk = tl.zeros((BLOCK_N, DIMS), dtype=tl.float32)
+    dv = tl.zeros((BLOCK_N, DIMS), dtype=tl.float32)
+    begin, whole_begin, whole_end, end = _visits(
+        query_start_pointer, query_end_pointer, first, last, BLOCK_M
+    )
     for start in range(begin, end, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
-        query = _load_rows(q_pointer, rows, q_stride, dims, num_rows, HEAD_DIM)
-        grad = _load_rows(grad_pointer, rows, g_stride, dims, num_rows, HEAD_DIM)
+        query = _load_rows(q_pointer, rows, q_s, dims, num_rows, HEAD_DIM)
+        grad = _load_rows(grad_pointer, rows, g_s, dims, num_rows, HEAD_DIM)
         lse = tl.load(lse_pointer + rows, mask=rows < num_rows, other=0.0)
         delta = tl.load(delta_pointer + rows, mask=rows < num_rows, other=0.0)
         scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale
         probability = tl.exp2(scores - lse[None, :])
-        if MASKED:
+        if (start < whole_begin) | (start >= whole_end):
             visible = (rows[None, :] >= query_start[:, None]) & (
                 rows[None, :] < query_end[:, None]
             )
@@ -318,66 +286,8 @@ def _key_span(
         dv = tl.dot(dropped.to(grad.dtype), grad, dv, input_precision=PRECISION)
         slope = probability * (slope - delta[None, :])
         dk = tl.dot(slope.to(query.dtype), query, dk, input_precision=PRECISION)
-    return dk, dv
 
-
-@triton.jit
-def backward_keys(
-    q_pointer, k_pointer, v_pointer, grad_pointer, lse_pointer, delta_pointer,
-    dk_pointer, dv_pointer, query_start_pointer, query_end_pointer, seed_pointer,
-    q_s, q_b, q_n, k_s, k_b, k_n, v_s, v_b, v_n, g_s, g_b, g_n, dk_s, dk_b, dk_n, dv_s, dv_b, dv_n,
-    num_rows, num_heads, scale, softmax_scale, threshold, keep_factor,
-    HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):
-    """Gradients of one block of keys and of its values; grid (blocks, b * n)."""
-    first = tl.program_id(0) * BLOCK_N
-    pair = tl.program_id(1)
-    batch, head = (pair // num_heads).to(tl.int64), (pair % num_heads).to(tl.int64)
-    keys, dims = first + tl.arange(0, BLOCK_N), tl.arange(0, DIMS)
-    last = tl.minimum(first + BLOCK_N, num_rows) - 1
-    query_start_pointer += batch * num_rows
-    query_end_pointer += batch * num_rows
-    query_start = tl.load(query_start_pointer + tl.minimum(keys, last))
-    query_end = tl.load(query_end_pointer + tl.minimum(keys, last))
-    key_words = keys
-    if DROPOUT:
-        key_words = _key_words(seed_pointer, keys)
-
-    q_pointer += batch * q_b + head * q_n
-    grad_pointer += batch * g_b + head * g_n
-    lse_pointer += pair.to(tl.int64) * num_rows
-    delta_pointer += pair.to(tl.int64) * num_rows
-    key = _load_rows(
-        k_pointer + batch * k_b + head * k_n, keys, k_s, dims, num_rows, HEAD_DIM
-    )
-    value = _load_rows(
-        v_pointer + batch * v_b + head * v_n, keys, v_s, dims, num_rows, HEAD_DIM
-    )
-    dk = tl.zeros((BLOCK_N, DIMS), dtype=tl.float32)
-    dv = tl.zeros((BLOCK_N, DIMS), dtype=tl.float32)
-    begin, whole_begin, whole_end, end = _visits(
-        query_start_pointer, query_end_pointer, first, last, BLOCK_M
-    )
-    dk, dv = _key_span(
-        dk, dv, key, value, q_pointer, grad_pointer, lse_pointer, delta_pointer, q_s, g_s,
-        query_start, query_end, key_words, pair, seed_pointer, begin, whole_begin, num_rows, scale,
-        threshold, keep_factor, BLOCK_M, HEAD_DIM, DIMS, True, DROPOUT, PRECISION,
-    )
-    dk, dv = _key_span(
-        dk, dv, key, value, q_pointer, grad_pointer, lse_pointer, delta_pointer, q_s, g_s,
-        query_start, query_end, key_words, pair, seed_pointer, whole_begin, whole_end, num_rows,
-        scale, threshold, keep_factor, BLOCK_M, HEAD_DIM, DIMS, False, DROPOUT, PRECISION,
-    )
-    dk, dv = _key_span(
-        dk, dv, key, value, q_pointer, grad_pointer, lse_pointer, delta_pointer, q_s, g_s,
-        query_start, query_end, key_words, pair, seed_pointer, whole_end, end, num_rows, scale,
-        threshold, keep_factor, BLOCK_M, HEAD_DIM, DIMS, True, DROPOUT, PRECISION,
-    )
-    _store_rows(
-        dk_pointer + batch * dk_b + head * dk_n, dk * softmax_scale, keys, dk_s, dims, num_rows,
-        HEAD_DIM,
-    )
-    _store_rows(
-        dv_pointer + batch * dv_b + head * dv_n, dv, keys, dv_s, dims, num_rows, HEAD_DIM
-    )
+    dk_pointer += batch * dk_b + head * dk_n
+    dv_pointer += batch * dv_b + head * dv_n
+    _store_rows(dk_pointer, dk * softmax_scale, keys, dk_s, dims, num_rows, HEAD_DIM)
+    _store_rows(dv_pointer, dv, keys, dv_s, dims, num_rows, HEAD_DIM)

@@ -1,0 +1,126 @@
+"""The Triton kernels: their results under the interpreter, their code for a GPU that is not here.
+
+On a GPU, test_backends.py and test_conformance.py run them as well.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_glm.model.attention import dropout, triton, triton_kernels
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[3]
+H100 = {"capability": (9, 0), "shared_memory": 232448}
+A100 = {"capability": (8, 0), "shared_memory": 166912}
+
+
+def test_results_under_the_interpreter():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider",
+         "tests/model/attention/interpreted_triton.py"],
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def compiled(kernel: str, dims: int, has_dropout: bool, capability, shared_memory):
+    """A kernel for bf16, compiled for a GPU that need not be there."""
+    from triton import compile as compile_for
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = getattr(triton_kernels, kernel)
+    launch = triton.launch_of(kernel, dims, 2, capability, shared_memory)
+    constants = {"HEAD_DIM": dims, "DIMS": dims, "DROPOUT": has_dropout, "PRECISION": "tf32",
+                 "BLOCK_M": launch.BLOCK_M, "BLOCK_N": launch.BLOCK_N}
+    words = ("key_start", "key_end", "query_start", "query_end", "seed")
+
+    def type_of(name):
+        if name in constants:
+            return "constexpr"
+        if name.endswith("_pointer"):
+            kind = name.removesuffix("_pointer")
+            return "*fp32" if kind in ("lse", "delta") else "*i32" if kind in words else "*bf16"
+        return "fp32" if name in ("scale", "softmax_scale", "keep_factor") else "i32"
+
+    names = function.arg_names
+    aligned = [i for i, name in enumerate(names) if type_of(name)[0] in "*i" and name not in
+               ("num_heads", "threshold")]
+    return compile_for(
+        ASTSource(
+            function,
+            {name: type_of(name) for name in names},
+            {(names.index(name),): value for name, value in constants.items()},
+            {(i,): [["tt.divisibility", 16]] for i in aligned},
+        ),
+        target=GPUTarget("cuda", 10 * capability[0] + capability[1], 32),
+        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+    )
+
+
+@pytest.mark.parametrize("gpu", [H100, A100], ids=["H100", "A100"])
+@pytest.mark.parametrize("kernel", ["forward", "backward_queries", "backward_keys"])
+def test_kernels_compile_and_fit_the_shared_memory(kernel, gpu):
+    program = compiled(kernel, 128, True, **gpu)
+    assert program.metadata.shared <= gpu["shared_memory"]
+    # Hopper's own matrix instruction, or its speed is out of reach.
+    assert ("wgmma" in program.asm["ptx"]) == (gpu is H100)
+
+
+@pytest.mark.parametrize("kernel", ["forward", "backward_queries", "backward_keys"])
+def test_code_for_hopper_neither_spills_nor_serialises(kernel, tmp_path):
+    import triton as package
+
+    ptxas = Path(package.__file__).parent / "backends/nvidia/bin/ptxas"
+    if not ptxas.exists():
+        pytest.skip("this build of Triton brings no ptxas")
+    source = tmp_path / "kernel.ptx"
+    source.write_text(compiled(kernel, 128, False, **H100).asm["ptx"])
+    said = subprocess.run(
+        [ptxas, "-v", "--gpu-name=sm_90a", source, "-o", tmp_path / "kernel.cubin"],
+        capture_output=True, text=True, check=True,
+    ).stderr
+    assert "0 bytes spill stores, 0 bytes spill loads" in said
+    assert "serialized" not in said
+
+
+def test_the_hash_has_one_set_of_constants():
+    words = {"MIX_0": dropout.MIX[0], "MIX_1": dropout.MIX[1], "HASH_0": dropout.HASH[0],
+             "HASH_1": dropout.HASH[1], "GOLDEN": dropout.GOLDEN}
+    for name, word in words.items():
+        assert getattr(triton_kernels, name).value == word % 2**32
+
+
+@pytest.mark.parametrize("gpu", [H100, A100, {"capability": (7, 5), "shared_memory": 65536}])
+@pytest.mark.parametrize("element_size", [2, 4])
+@pytest.mark.parametrize("dims", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("kernel", ["forward", "backward_queries", "backward_keys"])
+def test_blocks_are_powers_of_two_that_tile(kernel, dims, element_size, gpu):
+    launch = triton.launch_of(kernel, dims, element_size, **gpu)
+    assert launch.BLOCK_M in (16, 32, 64, 128) and launch.BLOCK_N in (16, 32, 64, 128)
+    assert 1 <= launch.num_stages <= 3
+
+
+@pytest.mark.gpu
+def test_attention_never_waits_for_the_gpu():
+    mixed = torch.randn(256, 2, 2, 192, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    samples = torch.tensor([[[100, 0], [200, 256]]] * 2, device="cuda", dtype=torch.int32)
+
+    def step():
+        drop = dropout.draw_dropout(0.1, samples.device)
+        out = triton.attention(
+            *mixed.split(64, dim=-1), samples, softmax_scale=0.125, dropout=drop
+        )
+        out.sum().backward()
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
