@@ -183,7 +183,9 @@ def _arguments(
         no_save_optim=True,
         no_save_rng=True,
     )
-    if iteration is None:
+    if iteration is None or args is None:
+        # Where the data of a run stands: at its beginning.
         result.consumed_train_samples = result.consumed_valid_samples = 0
         result.skipped_train_samples = 0
+        result.mix_state, result.ledger_state = None, {}
     return result

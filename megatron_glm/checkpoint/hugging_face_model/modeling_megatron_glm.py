@@ -275,9 +275,8 @@ class MegatronGLMForCausalLM(MegatronGLMPreTrainedModel, GenerationMixin):
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         position_ids = position_ids_of(input_ids, real.bool(), self.config)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if past and input_ids.shape[1] - past > 1:
-            if (context_lengths_of(input_ids, self.config.sop_token_id) > past).any():
-                raise ValueError("the context must be read at once: leave prefill_chunk_size unset")
+        if not past and not (input_ids == self.config.sop_token_id).any(-1).all():
+            raise ValueError("the context must be read at once: leave prefill_chunk_size unset")
         return {
             "input_ids": input_ids[:, past:].contiguous(),
             "position_ids": position_ids[:, past:].contiguous(),
