@@ -110,7 +110,7 @@ def loss_parts() -> LossParts:
 def ledger() -> Ledger:
     args = get_args()
     counts = Ledger(args.source_prefixes)
-    counts.load_state_dict(getattr(args, "ledger_state", {}))
+    counts.load_state_dict(getattr(args, "ledger_state", None) or {})
     return counts
 
 

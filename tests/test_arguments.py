@@ -7,15 +7,12 @@ from megatron.training.arguments import add_megatron_arguments
 
 from megatron_glm.arguments import (
     DEFAULTS,
-    RULES,
-    FlagError,
     add_glm_arguments,
-    check_flags,
-    check_tokenizer_flags,
     exit_with_one_line,
     fill_derived,
     pin_padded_vocab_size,
 )
+from megatron_glm.flag_rules import RULES, FlagError, check_flags, check_tokenizer_flags
 from megatron_glm.presets import PRESETS
 
 TOKENIZER = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "tokenizer.json"]
@@ -83,16 +80,19 @@ def test_every_rule_refuses_by_name(parser, rule):
         check_flags(args)
 
 
-@pytest.mark.parametrize("flags, named", [
-    (["--swiglu"], "--swiglu"),
-    (["--position-embedding-type", "rope"], "--position-embedding-type rope"),
-    (["--norm-epsilon", "1e-6"], "--norm-epsilon 1e-06"),
-    (["--context-parallel-size", "2"], "--context-parallel-size 2"),
-    (["--recompute-modules", "mlp"], "--recompute-modules mlp"),
-    (["--hidden-size", "60", "--num-attention-heads", "12"], "--num-attention-heads 12"),
-    (["--train-iters", "5", "--lr-warmup-iters", "5"], "--lr-warmup-iters 5"),
-    (["--glm-attention-backend", "fast"], "--glm-attention-backend fast"),
-])
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--swiglu"], "--swiglu"),
+        (["--position-embedding-type", "rope"], "--position-embedding-type rope"),
+        (["--norm-epsilon", "1e-6"], "--norm-epsilon 1e-06"),
+        (["--context-parallel-size", "2"], "--context-parallel-size 2"),
+        (["--recompute-modules", "mlp"], "--recompute-modules mlp"),
+        (["--hidden-size", "60", "--num-attention-heads", "12"], "--num-attention-heads 12"),
+        (["--train-iters", "5", "--lr-warmup-iters", "5"], "--lr-warmup-iters 5"),
+        (["--glm-attention-backend", "fast"], "--glm-attention-backend fast"),
+    ],
+)
 def test_a_flag_that_trains_something_else_is_refused(parser, flags, named):
     with pytest.raises(FlagError, match=named):
         parse(parser, *flags)
@@ -102,7 +102,7 @@ def test_a_flag_that_trains_something_else_is_refused(parser, flags, named):
 def test_a_missing_tokenizer_is_named(parser, missing):
     at = TOKENIZER.index(missing)
     with pytest.raises(FlagError, match=f"{missing} is missing"):
-        check_tokenizer_flags(parser.parse_args(TOKENIZER[:at] + TOKENIZER[at + 2:]))
+        check_tokenizer_flags(parser.parse_args(TOKENIZER[:at] + TOKENIZER[at + 2 :]))
 
 
 def test_a_preset_is_a_set_of_defaults(monkeypatch):
@@ -126,13 +126,19 @@ def test_positions_reach_as_far_as_the_sequence(parser):
     assert args.max_position_embeddings == 4096
 
 
-@pytest.mark.parametrize("vocabulary, flags, expected", [
-    (1000, [], 1024),
-    (1000, ["--tensor-model-parallel-size", "8"], 1024),
-    (150010, ["--make-vocab-size-divisible-by", "768", "--tensor-model-parallel-size", "8"],
-     150528),
-    (1000, ["--padded-vocab-size", "1001"], 1001),
-])
+@pytest.mark.parametrize(
+    "vocabulary, flags, expected",
+    [
+        (1000, [], 1024),
+        (1000, ["--tensor-model-parallel-size", "8"], 1024),
+        (
+            150010,
+            ["--make-vocab-size-divisible-by", "768", "--tensor-model-parallel-size", "8"],
+            150528,
+        ),
+        (1000, ["--padded-vocab-size", "1001"], 1001),
+    ],
+)
 def test_the_padded_vocabulary_does_not_depend_on_tensor_parallelism(
     parser, vocabulary, flags, expected
 ):
@@ -141,10 +147,13 @@ def test_the_padded_vocabulary_does_not_depend_on_tensor_parallelism(
     assert args.padded_vocab_size == expected
 
 
-@pytest.mark.parametrize("flags, named", [
-    (["--padded-vocab-size", "999"], "--padded-vocab-size 999: smaller than the 1000 tokens"),
-    (["--padded-vocab-size", "1001", "--tensor-model-parallel-size", "2"], "not divisible by"),
-])
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--padded-vocab-size", "999"], "--padded-vocab-size 999: smaller than the 1000 tokens"),
+        (["--padded-vocab-size", "1001", "--tensor-model-parallel-size", "2"], "not divisible by"),
+    ],
+)
 def test_a_vocabulary_that_does_not_fit_is_refused(parser, flags, named):
     with pytest.raises(FlagError, match=named):
         pin_padded_vocab_size(parse(parser, *flags), 1000)

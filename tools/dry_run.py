@@ -32,11 +32,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 
 from megatron_glm.arguments import (  # noqa: E402
     add_glm_arguments,
-    check_flags,
     exit_with_one_line,
     fill_derived,
     pin_padded_vocab_size,
 )
+from megatron_glm.flag_rules import check_flags  # noqa: E402
 from megatron_glm.model.config import GLMModelConfig, GLMTransformerConfig  # noqa: E402
 from megatron_glm.model.glm_model import GLMModelBuilder  # noqa: E402
 

@@ -28,14 +28,14 @@ class LossParts:
         eval_sources: dict[int, str],
         vocab_size: int,
     ):
-        """objectives, sources: id in the batch -> name in the log; a single source is not listed."""
+        """objectives, sources: id in the batch -> name in the log. One source alone is left out."""
         self.objectives = objectives
         self.sources = {True: train_sources, False: eval_sources}
         names = (*objectives.values(), *train_sources.values())
         self._last = dict.fromkeys(names, math.log(vocab_size))
 
     def __call__(self, losses: Tensor, batch: Batch, training: bool) -> dict[str, Tensor]:
-        """losses: [b, s] fp32, per token. Returns name -> [sum, number of tokens], on the device."""
+        """losses: [b, s] fp32, per token. Returns name -> [sum, number of tokens]; no sync."""
         report = {"lm loss": torch.stack(((losses * batch.loss_mask).sum(), batch.loss_mask.sum()))}
         groups = [(batch.objectives, self.objectives)]
         if len(self.sources[training]) > 1:

@@ -7,6 +7,7 @@ learns something else, so all of that is compared here, with the cure in the mes
 
 import contextlib
 import io
+import logging
 import os
 from argparse import Namespace
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from functools import wraps
 from typing import NamedTuple
 
 from megatron_glm.errors import GLMError
+
+logger = logging.getLogger(__name__)
 
 
 class Setting(NamedTuple):
@@ -53,7 +56,15 @@ def current_settings(args: Namespace) -> dict:
 
 
 def compare_settings(saved: dict, current: dict, checkpoint: str) -> None:
-    """Raises CheckpointMismatchError that lists every setting of the checkpoint that differs."""
+    """Raises CheckpointMismatchError that lists every setting of the checkpoint that differs.
+
+    A tokenizer that the checkpoint does not know (None), as the released weights do not, is not
+    compared but warned of.
+    """
+    if saved.get("tokenizer_fingerprint", _NO_VALUE) is None:
+        logger.warning("%s does not say with which tokenizer it was trained: --tokenizer-model is "
+                       "taken on trust", checkpoint)
+        saved = saved | {"tokenizer_fingerprint": current["tokenizer_fingerprint"]}
     differences = [
         f"{setting.flag} {saved.get(setting.dest, _NO_VALUE)} there, {current[setting.dest]} here"
         for setting in SETTINGS
@@ -86,7 +97,7 @@ def check_checkpoints(args: Namespace) -> None:
 
 
 def run_before_saves(action: Callable[[], None]) -> None:
-    """Has every rank call `action` before a checkpoint is written, for which Megatron has no hook."""
+    """Has every rank call `action` before each save, for which Megatron has no hook."""
     from megatron.training import training
 
     save = training.save_checkpoint_and_time
@@ -103,8 +114,8 @@ def check_samples_left(args: Namespace, train_samples: int) -> None:
     """Raises GLMError where the checkpoint that was loaded has seen all `train_samples` already."""
     if not args.skip_train and args.consumed_train_samples >= train_samples:
         raise GLMError(
-            f"--load {args.load}: iteration {args.iteration} has seen all {train_samples} samples of "
-            "this run already; raise --train-iters or --train-samples to go on, or pass "
+            f"--load {args.load}: iteration {args.iteration} has seen all {train_samples} samples "
+            "of this run already; raise --train-iters or --train-samples to go on, or pass "
             "--skip-train to evaluate it"
         )
 
@@ -120,7 +131,7 @@ def _check_checkpoint(args: Namespace, directory: str) -> None:
     compare_settings(settings, current_settings(args), directory)
     if directory == args.load and not args.finetune:
         for state in DATA_STATES:
-            setattr(args, state, getattr(saved, state))
+            setattr(args, state, getattr(saved, state, None))
     other_layout = any(
         getattr(saved, size) != getattr(args, size)
         for size in ("tensor_model_parallel_size", "pipeline_model_parallel_size")

@@ -47,4 +47,4 @@ def test_the_number_of_parameters_does_not_depend_on_the_layout():
 def test_a_refused_flag_stops_it_with_one_line():
     result = dry_run("--swiglu")
     assert result.returncode == 2
-    assert result.stderr.strip().splitlines()[-1].startswith("pretrain_glm.py: error: --swiglu")
+    assert result.stderr.strip().splitlines()[-1].startswith("dry_run.py: error: --swiglu")

@@ -48,7 +48,8 @@ def pretrain_on_this_rank(flags: list[str]) -> list[Step]:
     sys.argv = ["pretrain_glm.py", *flags]
     import pretrain_glm
 
-    with contextlib.suppress(SystemExit) if "--exit-interval" in flags else contextlib.nullcontext():
+    leaves_early = "--exit-interval" in flags
+    with contextlib.suppress(SystemExit) if leaves_early else contextlib.nullcontext():
         pretrain_glm.main()
     return steps
 

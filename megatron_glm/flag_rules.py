@@ -1,0 +1,166 @@
+"""Which flags GLM refuses, and with which cure: above all those that would train something else in
+silence."""
+
+from argparse import Namespace
+from typing import Any, NamedTuple
+
+import torch
+
+from megatron_glm.errors import GLMError
+from megatron_glm.model.attention.backends import BACKENDS
+
+
+class FlagError(GLMError):
+    """A flag, or a pair of flags, that GLM cannot honour."""
+
+
+class Rule(NamedTuple):
+    """A Megatron flag that may have one value only under GLM."""
+
+    dest: str
+    flag: str
+    allowed: tuple
+    why: str
+
+
+_ONE_ACTIVATION = "the MLP is GeGLU with the exact GELU; drop the flag (--glu-activation geglu)"
+_ONE_POSITION = "positions are rotary by position id, over the whole head; drop the flag"
+_ONE_NORM = "the norm is DeepNorm's LayerNorm with weight, bias and epsilon 1e-5; drop the flag"
+_DENSE_ONLY = "GLM is a dense transformer with plain multi-head attention; drop the flag"
+_LOCAL_ONLY = "not supported by the local implementation; drop the flag"
+_OBJECTIVE = "the blank-infilling dataset does not read it; drop the flag"
+
+RULES: tuple[Rule, ...] = (
+    Rule("swiglu", "--swiglu", (False,), _ONE_ACTIVATION),
+    Rule("quick_geglu", "--quick-geglu", (False,), _ONE_ACTIVATION),
+    Rule("squared_relu", "--squared-relu", (False,), _ONE_ACTIVATION),
+    Rule("openai_gelu", "--openai-gelu", (False,), _ONE_ACTIVATION),
+    Rule("activation_func_clamp_value", "--activation-func-clamp-value", (None,), _ONE_ACTIVATION),
+    Rule("glu_linear_offset", "--glu-linear-offset", (0.0,), _ONE_ACTIVATION),
+    Rule("use_te_activation_func", "--use-te-activation-func", (False,), _ONE_ACTIVATION),
+    Rule("position_embedding_type", "--position-embedding-type", ("none",),
+         "GLM's rotary positions are its own, by position id; leave it at none"),
+    Rule("use_rotary_position_embeddings", "--use-rotary-position-embeddings", (False,),
+         _ONE_POSITION),
+    Rule("rotary_interleaved", "--rotary-interleaved", (False,), _ONE_POSITION),
+    Rule("rotary_percent", "--rotary-percent", (1.0,), _ONE_POSITION),
+    Rule("use_rope_scaling", "--use-rope-scaling", (False,), _ONE_POSITION),
+    Rule("rotary_seq_len_interpolation_factor", "--rotary-seq-len-interpolation-factor", (None,),
+         _ONE_POSITION),
+    Rule("no_rope_freq", "--no-rope-freq", (None,), _ONE_POSITION),
+    Rule("normalization", "--normalization", ("LayerNorm",), _ONE_NORM),
+    Rule("layernorm_epsilon", "--norm-epsilon", (1e-5,), _ONE_NORM),
+    Rule("layernorm_zero_centered_gamma", "--apply-layernorm-1p", (False,), _ONE_NORM),
+    Rule("fused_residual_rmsnorm", "--fused-residual-rmsnorm", (False,), _ONE_NORM),
+    Rule("qk_layernorm", "--qk-layernorm", (False,), _ONE_NORM),
+    Rule("qk_l2_norm", "--qk-l2-norm", (False,), _ONE_NORM),
+    Rule("qk_clip", "--qk-clip", (False,), _LOCAL_ONLY),
+    Rule("fp32_residual_connection", "--fp32-residual-connection", (False,),
+         "the residual is the output of the norm, in the norm's dtype; drop the flag"),
+    Rule("add_bias_linear", "--disable-bias-linear", (True,),
+         "every linear of GLM has a bias; drop the flag"),
+    Rule("untie_embeddings_and_output_weights", "--untie-embeddings-and-output-weights", (False,),
+         "GLM's logits use the word embedding; drop the flag"),
+    Rule("init_method_xavier_uniform", "--init-method-xavier-uniform", (False,),
+         "DeepNorm has its own initialisation; drop the flag"),
+    Rule("use_mup", "--use-mup", (False,), "DeepNorm has its own initialisation; drop the flag"),
+    Rule("group_query_attention", "--group-query-attention", (False,), _DENSE_ONLY),
+    Rule("attention_output_gate", "--attention-output-gate", (False,), _DENSE_ONLY),
+    Rule("softmax_type", "--softmax-type", ("vanilla",), _DENSE_ONLY),
+    Rule("window_size", "--window-size", (None,), _DENSE_ONLY),
+    Rule("multi_latent_attention", "--multi-latent-attention", (False,), _DENSE_ONLY),
+    Rule("experimental_attention_variant", "--experimental-attention-variant", (None,),
+         _DENSE_ONLY),
+    Rule("heterogeneous_layers_config_path", "--heterogeneous-layers-config-path", (None,),
+         _DENSE_ONLY),
+    Rule("num_experts", "--num-experts", (None,), _DENSE_ONLY),
+    Rule("mtp_num_layers", "--mtp-num-layers", (None, 0), _DENSE_ONLY),
+    Rule("hybrid_layer_pattern", "--hybrid-layer-pattern", (None,), _DENSE_ONLY),
+    Rule("spec", "--spec", (None,), "the layer is GLM's; drop the flag"),
+    Rule("transformer_impl", "--transformer-impl", ("local",),
+         "only Megatron's own linears are supported yet; leave it at local"),
+    Rule("context_parallel_size", "--context-parallel-size", (1,),
+         "context parallelism is not supported yet: it assumes a causal mask; use --tensor-model-"
+         "parallel-size with --sequence-parallel for long sequences"),
+    Rule("cross_entropy_loss_fusion", "--cross-entropy-loss-fusion", (False,),
+         "it rounds the gradients of the logits to bf16 even in fp32; drop the flag"),
+    Rule("cuda_graph_impl", "--cuda-graph-impl", ("none",),
+         "Megatron's CUDA graphs make an s x s causal mask; drop the flag"),
+    Rule("defer_embedding_wgrad_compute", "--defer-embedding-wgrad-compute", (False,),
+         "it goes around the embedding gradient shrink; drop the flag"),
+    Rule("use_megatron_fsdp", "--use-megatron-fsdp", (False,),
+         "the embedding gradient shrink is not proven under FSDP; use --use-distributed-optimizer"),
+    Rule("use_torch_fsdp2", "--use-torch-fsdp2", (False,),
+         "the embedding gradient shrink is not proven under FSDP; use --use-distributed-optimizer"),
+    Rule("fp8", "--fp8-format", (None,), _LOCAL_ONLY),
+    Rule("fp4", "--fp4-format", (None,), _LOCAL_ONLY),
+    Rule("reset_position_ids", "--reset-position-ids", (False,), _OBJECTIVE),
+    Rule("eod_mask_loss", "--eod-mask-loss", (False,), _OBJECTIVE),
+    Rule("fim_data", "--fim-data", (False,), _OBJECTIVE),
+    Rule("sft", "--sft", (False,), _OBJECTIVE),
+    Rule("dataloader_inter_document_masking", "--dataloader-inter-document-masking", (False,),
+         "keep documents apart with --reset-attention-mask"),
+    Rule("mock_data", "--mock-data", (False,),
+         "Megatron's mock samples have no blanks; make a small corpus with tools/gather_text.py"),
+    Rule("per_dataset_sequences_path", "--per-dataset-sequences-path", (None,), _OBJECTIVE),
+    Rule("iterations_to_skip", "--iterations-to-skip", ([],),
+         "it knows the batches of GPT only; go back with --ckpt-step and another --seed instead"),
+    Rule("yaml_cfg", "--yaml-cfg", (None,), "GLM's settings are flags; pass them as such"),
+)
+
+RECOMPUTE_REFUSED = {
+    "mlp": "Megatron recurses without end on an MLP with biases",
+    "layernorm": "it frees the norm's output, which is GLM's residual",
+}
+
+
+def check_flags(args: Namespace) -> None:
+    """Raises FlagError, naming flag, value, rule and cure, where flags contradict GLM."""
+    for rule in RULES:
+        value = getattr(args, rule.dest, rule.allowed[0])
+        if value not in rule.allowed:
+            raise FlagError(f"{rule.flag} {_show(value)}: {rule.why}")
+    for module in args.recompute_modules or ():
+        if module in RECOMPUTE_REFUSED:
+            raise FlagError(
+                f"--recompute-modules {module}: {RECOMPUTE_REFUSED[module]}; use core_attn, or "
+                "--recompute-granularity full"
+            )
+    if args.glm_attention_backend not in ("auto", *BACKENDS):
+        raise FlagError(
+            f"--glm-attention-backend {args.glm_attention_backend}: must be auto or one of "
+            f"{', '.join(BACKENDS)}"
+        )
+    for unit in ("iters", "samples"):
+        warmup = getattr(args, f"lr_warmup_{unit}")
+        decay = getattr(args, f"lr_decay_{unit}") or getattr(args, f"train_{unit}")
+        if decay and warmup and warmup >= decay:
+            raise FlagError(
+                f"--lr-warmup-{unit} {warmup}: must be smaller than the {decay} {unit} of the "
+                f"schedule (--lr-decay-{unit}, or --train-{unit} where that is not given)"
+            )
+    if args.use_cpu_initialization and torch.cuda.is_available():
+        raise FlagError(
+            "--use-cpu-initialization: Megatron leaves a model built so on the CPU; drop the flag"
+        )
+    if args.hidden_size and args.num_attention_heads and args.kv_channels is None:
+        if args.hidden_size % (2 * args.num_attention_heads):
+            raise FlagError(
+                f"--hidden-size {args.hidden_size} with --num-attention-heads "
+                f"{args.num_attention_heads}: the head dimension must be an even integer (rotary "
+                "positions turn pairs)"
+            )
+
+
+def check_tokenizer_flags(args: Namespace) -> None:
+    """Raises FlagError where no tokenizer is given."""
+    for flag in ("tokenizer_type", "tokenizer_model"):
+        if getattr(args, flag) is None:
+            raise FlagError(
+                f"--{flag.replace('_', '-')} is missing: the same as was given to "
+                "tools/preprocess_data.py"
+            )
+
+
+def _show(value: Any) -> str:
+    return "" if isinstance(value, bool) else str(value)
