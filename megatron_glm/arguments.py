@@ -136,8 +136,8 @@ def pin_padded_vocab_size(args: Namespace, vocab_size: int) -> None:
         args.padded_vocab_size = -(-vocab_size // divisor) * divisor
     if args.padded_vocab_size < vocab_size:
         raise FlagError(
-            f"--padded-vocab-size {args.padded_vocab_size}: smaller than the {vocab_size} tokens of "
-            f"{args.tokenizer_model}; give another tokenizer or a larger size"
+            f"--padded-vocab-size {args.padded_vocab_size}: smaller than the {vocab_size} tokens "
+            f"of {args.tokenizer_model}; give another tokenizer or a larger size"
         )
     if args.padded_vocab_size % tp:
         raise FlagError(
