@@ -83,19 +83,21 @@ class Output:
     # -- starting and going on
 
     def is_complete(self) -> bool:
-        """Whether this very run has already been finished."""
+        """Whether this very run has already been finished; tidies up behind it."""
         if not self.summary_path.exists():
             return False
         summary = json.loads(self.summary_path.read_text())
         consumed = InputHash().update_all(self.files).hexdigest()
-        return summary["settings"] == self.settings and summary["inputs_sha256"] == consumed
+        if summary["settings"] != self.settings or summary["inputs_sha256"] != consumed:
+            return False
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return True
 
     def remove_all(self) -> None:
         """Deletes what an earlier run of the same prefix has left."""
         for path in self._existing_targets():
             path.unlink()
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _existing_targets(self) -> list[Path]:
         paths = [Path(t + suffix) for t in self.targets.values() for suffix in (".bin", ".idx")]

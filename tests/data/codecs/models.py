@@ -7,7 +7,10 @@ from pathlib import Path
 import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-CHINESE = "今天天气很好，我们去公园散步。机器学习是人工智能的一个分支！你吃饭了吗？模型、数据与代码。"
+CHINESE = (
+    "今天天气很好，我们去公园散步。机器学习是人工智能的一个分支！"
+    "你吃饭了吗？模型、数据与代码。"
+)
 
 
 def python_sources(count):
