@@ -6,7 +6,7 @@ from hypothesis import given, settings
 
 from megatron_glm.errors import GLMError
 from megatron_glm.model.attention.backends import backends_of, load_backend, select_backend
-from megatron_glm.model.attention.dropout import Dropout
+from megatron_glm.model.attention.dropout import Dropout, draw_dropout
 from tests.model.attention.packs import PACKS, packs, random_inputs, run, samples_from
 
 CPU = ["sdpa", "chunked", "flex"]
@@ -57,6 +57,30 @@ def test_backend_equals_reference_on_any_pack(backend, pack):
 @pytest.mark.parametrize("backend", backends_of("cuda"))
 def test_backend_equals_reference_on_gpu(backend, batch, dtype, dropout):
     assert_equals_reference(backend, batch, dtype, dropout, dim=64, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+@pytest.mark.parametrize("backend", ["flex", "triton"])
+def test_a_step_never_waits_for_the_gpu(backend, rate):
+    attention = load_backend(backend)
+    mixed = torch.randn(256, 2, 2, 192, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    def step(context):
+        samples = samples_from([[(200, context), (56, 0)], [(256, 3)]]).pin_memory()
+        samples = samples.to("cuda", non_blocking=True)
+        out = attention(
+            *mixed.split(64, dim=-1), samples, softmax_scale=0.125,
+            dropout=draw_dropout(rate, samples.device),
+        )
+        out.sum().backward()
+
+    step(100)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(30)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones():

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 
 from megatron_glm.model.attention.bounds import (
+    PerBatch,
     SampleRange,
     dense_mask,
     make_samples,
@@ -99,3 +100,36 @@ def test_other_layouts_are_refused():
         validate_samples(torch.zeros(1, 2, 3, dtype=torch.int64), 5)
     with pytest.raises(ValueError, match=r"\(1, 3\): must be \[batch, 2"):
         validate_samples(torch.zeros(1, 3, dtype=torch.int32), 5)
+
+
+def test_what_is_made_of_samples_is_made_once_a_batch():
+    calls = []
+    make = PerBatch(lambda samples, length: calls.append(samples.tolist()) or len(calls), 2)
+    first = samples_from([[(3, 2), (2, 0)]])
+    assert [make(first, 5), make(first.detach(), 5), make(first, 5)] == [1, 1, 1]
+    second = first.clone()
+    assert make(second, 5) == 2
+    assert make(first, 5) == 1
+    first[0, 0, 0] = 1
+    assert make(first, 5) == 3
+    assert calls[-1] == first.tolist()
+    # Another length, and samples that more recent ones have displaced, are made anew.
+    assert [make(first, 6), make(second, 5)] == [4, 5]
+
+
+def test_memory_of_remembered_samples_is_not_reused():
+    make = PerBatch(lambda samples, length: samples.clone(), 3)
+    for index in range(50):
+        # Each is freed at once, and would otherwise leave its address to the next.
+        samples = samples_from([[(5, index % 6)]])
+        assert make(samples, 5).equal(samples)
+        del samples
+
+
+def test_samples_without_a_version_are_not_remembered():
+    make = PerBatch(lambda samples, length: samples.clone())
+    with torch.inference_mode():
+        samples = samples_from([[(5, 3)]])
+        assert make(samples, 5).equal(samples)
+        samples[0, 0, 0] = 1
+        assert make(samples, 5).equal(samples)
