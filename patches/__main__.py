@@ -1,11 +1,27 @@
-"""List the patches: name, targets, state on this machine and the reason."""
+"""List the patches: name, targets, state on this machine and the reason.
 
+`python -m patches --readme` prints patches/README.md instead.
+"""
+
+import argparse
 import textwrap
 
-from patches import PatchDriftError, load
+from patches import Patch, PatchDriftError, load
+
+README = """\
+# Faults of Megatron-Core, and their cures
+
+One fault a file. `patches.apply()` applies what the machine needs, before Megatron is imported, and
+logs the names; it refuses code that is not the code a patch was written against. `python -m patches`
+shows the state of each here. A test runs each fault without its patch: when upstream has cured one,
+that test says to delete the file. This page is made by `python -m patches --readme`.
+
+| patch | needed | what goes wrong without it | upstream |
+|---|---|---|---|
+"""
 
 
-def state(name, patch) -> str:
+def state(name: str, patch: Patch) -> str:
     """One line on whether the patch would be applied here."""
     try:
         patch.check_versions(name)
@@ -15,14 +31,30 @@ def state(name, patch) -> str:
     return "applies here" if patch.needed() else f"not needed here (only: {patch.when})"
 
 
+def describe(name: str, patch: Patch) -> str:
+    """A patch with its targets and its state."""
+    reason = textwrap.fill(patch.reason, 96, initial_indent="  ", subsequent_indent="  ")
+    targets = "\n".join(f"  {target.path} [{target.source}]" for target in patch.targets)
+    return f"{name}: {state(name, patch)}\n{reason}\n  upstream: {patch.upstream}\n{targets}"
+
+
+def readme() -> str:
+    """The page about all patches."""
+    rows = (
+        f"| `{name}` | {patch.when} | {patch.reason} | {patch.upstream} |\n"
+        for name, patch in load().items()
+    )
+    return README + "".join(rows)
+
+
 def main() -> None:
-    """Print every patch."""
-    for name, patch in load().items():
-        print(f"{name}: {state(name, patch)}")
-        print(textwrap.fill(patch.reason, 96, initial_indent="  ", subsequent_indent="  "))
-        print(f"  upstream: {patch.upstream}")
-        for target in patch.targets:
-            print(f"  {target.path} [{target.source}]")
+    """Print the list or the page."""
+    parser = argparse.ArgumentParser(prog="python -m patches", description=__doc__)
+    parser.add_argument("--readme", action="store_true", help="print patches/README.md")
+    if parser.parse_args().readme:
+        print(readme(), end="")
+    else:
+        print("\n".join(describe(name, patch) for name, patch in load().items()))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Megatron compiles its small fusions, which on a CPU takes longer than it saves."""
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 from patches.patch import Patch, Target
@@ -9,6 +10,7 @@ from patches.patch import Patch, Target
 def all_but_megatron(compile: Callable) -> Callable:
     """torch.compile that hands Megatron's own functions back as they are."""
 
+    @wraps(compile)
     def compile_unless_megatron(model: Any = None, **options: Any) -> Any:
         if getattr(model, "__module__", "").startswith("megatron."):
             return model

@@ -33,7 +33,10 @@ PATCH = Patch(
             "megatron.training.initialize:initialize_megatron",
             "d9b467adcaed1325",
             without_cuda,
-            also=("megatron.training.training:initialize_megatron",),
+            also=(
+                "megatron.training:initialize_megatron",
+                "megatron.training.training:initialize_megatron",
+            ),
         ),
     ),
     reproduces=reproduces,
