@@ -4,6 +4,7 @@
 fills the blanks; `fill_blanks` puts what it wrote in their place.
 """
 
+import re
 import shutil
 from collections.abc import Iterable
 from itertools import groupby
@@ -108,6 +109,7 @@ class MegatronGLMTokenizer(PreTrainedTokenizer):
         self._names = {i: name for name, i in special_ids.items()}
         self._vocab = self.text.vocab() | special_ids
         self._tokens = {i: token for token, i in self._vocab.items()}
+        self._special_pattern = re.compile(f"({'|'.join(map(re.escape, special_ids))})")
         kwargs |= {"pad_token": "<pad>", "eos_token": "<eop>", "mask_token": "[MASK]"}
         kwargs["extra_special_tokens"] = [
             name for name in special_ids if name not in ("<pad>", "<eop>", "[MASK]")
@@ -121,6 +123,17 @@ class MegatronGLMTokenizer(PreTrainedTokenizer):
 
     def get_vocab(self) -> dict[str, int]:
         return dict(self._vocab)
+
+    def tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        result: list[str] = []
+        parts = self._special_pattern.split(text)
+        for part, behind in zip(parts, [*parts[1:], ""], strict=True):
+            if part in self.special_ids:
+                result.append(part)
+            else:
+                # What fills a blank begins with its own space.
+                result += self._tokenize(part.removesuffix(" ") if behind in MASKS else part)
+        return result
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
         return [self._tokens[i] for i in self.text.encode(text)]
