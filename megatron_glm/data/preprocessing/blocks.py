@@ -1,7 +1,6 @@
 """Cutting the inputs into blocks: what a worker encodes at a time, and where a run goes on."""
 
 import re
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import BinaryIO, NamedTuple
@@ -77,7 +76,7 @@ def read_blocks(
                 yield from _read_rows(file, index, keys, cursor)
             else:
                 yield from _read_lines(file, index, cursor)
-        except (OSError, EOFError, zlib.error) as error:
+        except (OSError, EOFError) as error:
             raise GLMError(
                 f"--input {file.path}: cannot be read to its end ({error or type(error).__name__})"
                 "; repair or remove it and run the same command again, which goes on with this file"

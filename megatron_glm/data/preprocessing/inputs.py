@@ -1,15 +1,15 @@
 """Which files are read, in what order and format, and how their bytes are opened."""
 
 import glob
-import gzip
 import hashlib
 import io
 import os
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from megatron_glm.errors import GLMError
 
@@ -21,6 +21,8 @@ FORMAT_OF_SUFFIX = {
 FORMATS = ("jsonl", "parquet", "text")
 COMPRESSIONS = (".gz", ".zst")
 READ_BYTES = 1 << 20
+# Little, as it may become a thousand times as much.
+COMPRESSED_READ_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -94,29 +96,43 @@ def _describe(path: str, input_format: str | None, must_match: bool) -> InputFil
 def open_bytes(file: InputFile) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """The decompressed bytes of a file, and the file on disk, whose `tell()` shows the progress.
 
-    Reading raises OSError, EOFError or zlib.error where compressed data is damaged or cut off.
+    Reading raises OSError or EOFError where compressed data is damaged or cut off.
     """
     with open(file.path, "rb") as raw:
         if file.compression == ".gz":
-            yield gzip.GzipFile(fileobj=raw), raw
+            # 31: with gzip's header and trailer, of which the checksum is compared.
+            reader = _FramesReader(raw, lambda: zlib.decompressobj(31), zlib.error)
         elif file.compression == ".zst":
-            yield io.BufferedReader(_ZstdReader(raw, file.path), READ_BYTES), raw
+            reader = _FramesReader(raw, *_zstd(file.path))
         else:
             yield raw, raw
+            return
+        yield io.BufferedReader(reader, READ_BYTES), raw
 
 
-class _ZstdReader(io.RawIOBase):
-    """Reads all frames of a file; zstandard's own reader takes a truncated one for its end."""
+def _zstd(path: str) -> tuple[Callable[[], Any], type[Exception]]:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise GLMError(f"--input {path}: reading .zst needs `pip install zstandard`") from error
+    # The largest window of `zstd --long=31`.
+    context = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+    return context.decompressobj, zstandard.ZstdError
 
-    def __init__(self, file: BinaryIO, path: str) -> None:
-        try:
-            import zstandard
-        except ImportError as error:
-            raise GLMError(f"--input {path}: reading .zst needs `pip install zstandard`") from error
-        self._error = zstandard.ZstdError
-        # The largest window of `zstd --long=31`.
-        self._context = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+
+class _FramesReader(io.RawIOBase):
+    """Reads all members of a gzip file or frames of a zstd file, to the last byte.
+
+    The libraries' own readers take a truncated zstd file, and a gzip file of which the rest is
+    zeros, for whole ones.
+    """
+
+    def __init__(
+        self, file: BinaryIO, new_frame: Callable[[], Any], error: type[Exception]
+    ) -> None:
         self._file = file
+        self._new_frame = new_frame
+        self._error = error
         self._frame = None
         self._ready = memoryview(b"")
 
@@ -126,13 +142,13 @@ class _ZstdReader(io.RawIOBase):
     def readinto(self, buffer) -> int:
         while not self._ready:
             data = self._frame.unused_data if self._frame and self._frame.eof else b""
-            data = data or self._file.read(READ_BYTES)
+            data = data or self._file.read(COMPRESSED_READ_BYTES)
             if not data:
                 if self._frame and not self._frame.eof:
-                    raise EOFError("the file ends inside a zstd frame")
+                    raise EOFError("the file ends too early")
                 return 0
             if self._frame is None or self._frame.eof:
-                self._frame = self._context.decompressobj()
+                self._frame = self._new_frame()
             try:
                 self._ready = memoryview(self._frame.decompress(data))
             except self._error as error:
