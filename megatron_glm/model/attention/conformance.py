@@ -51,13 +51,13 @@ def check_attention(
     Raises:
         MaskConformanceError: names the backend, the rule, the positions and the rank.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     shape = (2, seq_length, batch, heads, 3 * dim)
     # Query, key and value are slices of one projection, as in Megatron. What replaces a token
     # has large values, so that a leak of a small probability survives the rounding of `dtype`.
-    original, other = torch.randn(shape, generator=generator)
+    original, other = torch.randn(shape, generator=generator, device=device)
     other[..., 2 * dim :] *= 32
-    original, other = (x.to(device=device, dtype=dtype) for x in (original, other))
+    original, other = original.to(dtype), other.to(dtype)
 
     def respond(samples: Tensor, perturbed: Tensor) -> Tensor:
         mixed = torch.where(perturbed.t()[..., None, None], other, original)
@@ -152,8 +152,9 @@ def probe_samples(batch: int, seq_length: int, max_samples: int, turn: int = 0) 
 @torch.no_grad()
 def _check(respond, name, batch, seq_length, max_samples, device, group, every_row):
     if seq_length < MIN_SEQ_LENGTH:
-        raise ValueError(
-            f"sequence length {seq_length}: the mask is checked on {MIN_SEQ_LENGTH} tokens or more"
+        raise GLMError(
+            f"--seq-length {seq_length}: the mask is checked on {MIN_SEQ_LENGTH} tokens or more; "
+            "lengthen it, or pass --no-mask-conformance-check"
         )
     # The forward may hold collectives, so every rank runs every probe before any of them raises.
     violations = []

@@ -5,8 +5,8 @@ causally (a triangle): two calls of a kernel that returns the log-sum-exp of its
 in both are merged by these, and the kernel's own backward, given the merged output and
 log-sum-exp, is the exact backward of each part, as in ring attention (arXiv 2310.01889).
 
-Cutting rows from a causal call over the whole sample instead costs 1.2 to 1.6 times as much
-(`benchmarks/attention.py`), since the kernel's triangle starts at the first query.
+Cutting rows from a causal call over the whole sample instead needs no merge and costs 1.1 to 2.0
+times as much (benchmarks/LOG.md), since the kernel's triangle starts at the first query.
 """
 
 import torch

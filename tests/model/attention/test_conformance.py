@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_glm.errors import GLMError
 from megatron_glm.model.attention.backends import backends_of, load_backend
 from megatron_glm.model.attention.bounds import validate_samples
 from megatron_glm.model.attention.conformance import (
@@ -219,7 +220,7 @@ def test_probed_packs_are_valid(seq_length, max_samples):
 
 
 def test_a_sequence_too_short_to_check():
-    with pytest.raises(ValueError, match="sequence length 8: .* 16 tokens or more"):
+    with pytest.raises(GLMError, match="--seq-length 8: .* 16 tokens or more"):
         check_attention(reference, name="x", batch=1, dtype=torch.float32,
                         **SHAPE | {"seq_length": 8})
 
