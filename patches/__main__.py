@@ -11,10 +11,11 @@ from patches import Patch, PatchDriftError, load
 README = """\
 # Faults of Megatron-Core, and their cures
 
-One fault a file. `patches.apply()` applies what the machine needs, before Megatron is imported, and
-logs the names; it refuses code that is not the code a patch was written against. `python -m patches`
-shows the state of each here. A test runs each fault without its patch: when upstream has cured one,
-that test says to delete the file. This page is made by `python -m patches --readme`.
+One fault a file. `patches.apply()` applies what the machine needs, before Megatron is imported,
+and logs the names; it refuses code that is not the code a patch was written against.
+`python -m patches` shows the state of each here. A test runs each fault without its patch: when
+upstream has cured one, that test says to delete the file. This page is made by
+`python -m patches --readme`.
 
 | patch | needed | what goes wrong without it | upstream |
 |---|---|---|---|

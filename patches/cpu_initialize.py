@@ -25,7 +25,7 @@ def reproduces() -> bool:
 PATCH = Patch(
     reason="pretrain() never passes allow_no_cuda, so that initialize_megatron() stops without a "
     "GPU",
-    upstream="not reported",
+    upstream="https://github.com/NVIDIA-NeMo/Speech/issues/14244 (no CPU path is meant)",
     versions={"megatron-core": "==0.19.*"},
     when="no GPU",
     targets=(

@@ -207,8 +207,8 @@ def test_drift_in_one_patch_stops_all_of_its_kind(monkeypatch):
 
 
 def test_apply_replaces_the_target_everywhere(monkeypatch):
-    namesake = f"{HERE}:namesake"
-    monkeypatch.setattr(patches, "load", lambda: {"fix_x": with_target(also=(namesake,))})
+    elsewhere = f"{HERE}:namesake"
+    monkeypatch.setattr(patches, "load", lambda: {"fix_x": with_target(also=(elsewhere,))})
     monkeypatch.setattr(patches, "_applied", [])
     monkeypatch.setattr(sys.modules[HERE], "faulty", faulty)
     monkeypatch.setattr(sys.modules[HERE], "namesake", faulty)
