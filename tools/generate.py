@@ -13,7 +13,9 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -29,7 +31,6 @@ with warnings.catch_warnings():
 
 import torch  # noqa: E402
 
-from megatron_glm.checkpoint.errors import CheckpointError  # noqa: E402
 from megatron_glm.checkpoint.formats import FORMATS, open_checkpoint  # noqa: E402
 from megatron_glm.checkpoint.settings import ANGLE_DTYPES  # noqa: E402
 from megatron_glm.checkpoint.table import Format  # noqa: E402
@@ -39,12 +40,11 @@ from megatron_glm.data.tokenizer import (  # noqa: E402
     build_tokenizer,
 )
 from megatron_glm.errors import GLMError  # noqa: E402
-from megatron_glm.inference.blanks import BlankCodec  # noqa: E402
-from megatron_glm.inference.engine import Engine  # noqa: E402
-from megatron_glm.inference.generation import new_search, run  # noqa: E402
+from megatron_glm.inference.generation import Filler, run  # noqa: E402
 from megatron_glm.inference.layout import Layout, default_device, start_processes  # noqa: E402
-from megatron_glm.inference.search import Ends, Search, SearchConfig  # noqa: E402
-from megatron_glm.inference.weights import Weights  # noqa: E402
+from megatron_glm.inference.loading import load_filler  # noqa: E402
+from megatron_glm.inference.search import Search, SearchConfig  # noqa: E402
+from megatron_glm.inference.service import Service, follow  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # What stands around a filled blank.
@@ -99,38 +99,28 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
                            help=f"{text}; default: {default}")
     group.add_argument("--max-batch-size", type=int, default=16,
                        help="texts, or beams of all texts, at a time; default: 16")
+    group = parser.add_argument_group("server")
+    add = group.add_argument
+    add("--serve", action="store_true", help="answer POST /generate over HTTP, texts of many "
+        "clients in one batch; search flags are what a request does not say, and it may ask for "
+        "no more than --max-new-tokens")
+    add("--host", default="127.0.0.1", help="address to listen on; default: this machine alone")
+    add("--port", type=int, default=8000, help="0 for any that is free; default: 8000")
+    add("--max-body-bytes", type=int, default=1 << 20, help="of a request; default: 1 MiB")
+    add("--max-waiting", type=int, default=256,
+        help="requests that may wait for a place in the batch; default: 256")
     return parser.parse_args(arguments)
 
 
-def load(args: argparse.Namespace, layout: Layout, device: torch.device) -> tuple:
-    """The engine with a checkpoint's weights, and the codec of its texts."""
+def load(args: argparse.Namespace, layout: Layout, device: torch.device) -> Filler:
+    """The model, and the codec of its texts."""
     tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, args.text_scheme)
     source = open_checkpoint(
         args.load, args.format and Format(args.format), args.num_attention_heads, args.ckpt_step
     )
-    settings = source.settings.with_overrides(rotary_angle_dtype=args.rotary_angle_dtype)
-    check_tokenizer(args, tokenizer, settings)
-    dtype = DTYPES[args.dtype] if args.dtype else source.dtype
-    if args.dtype is None and device.type == "cpu":
-        dtype = torch.float32
-    weights = Weights(source, layout, device, dtype, args.quantization_bit_width)
-    codec = BlankCodec(tokenizer, settings.unified_multitask_encoding)
-    return Engine(settings, weights, layout), codec
-
-
-def check_tokenizer(args: argparse.Namespace, tokenizer, settings) -> None:
-    known, given = settings.tokenizer_fingerprint, tokenizer.fingerprint
-    if known is not None and known != given:
-        raise CheckpointError(
-            f"--tokenizer-model {args.tokenizer_model}: is {given}; {args.load} was trained with "
-            f"{known}, with which ids mean other text: give that file"
-        )
-    if tokenizer.vocab_size > settings.dimensions.vocab_size:
-        raise CheckpointError(
-            f"--tokenizer-model {args.tokenizer_model}: has {tokenizer.vocab_size} tokens, more "
-            f"than the {settings.dimensions.vocab_size} of {args.load}: give the file that it was "
-            "trained with"
-        )
+    source.settings = source.settings.with_overrides(rotary_angle_dtype=args.rotary_angle_dtype)
+    dtype = args.dtype and DTYPES[args.dtype]
+    return load_filler(source, tokenizer, layout, device, dtype, args.quantization_bit_width)
 
 
 def texts(args: argparse.Namespace) -> Iterator[list[str]]:
@@ -156,46 +146,54 @@ def ask() -> str | None:
         return None
 
 
-def report(prompt_text: str, search: Search, codec: BlankCodec, as_json: bool) -> str:
-    fills = codec.fill(search.prompt, search.best.generated)
-    if not as_json:
-        return codec.join(search.prompt, fills, MARKS)
-    return json.dumps(
-        {
-            "prompt": prompt_text,
-            "text": codec.join(search.prompt, fills),
-            "fills": fills,
-            "finish_reason": search.finish_reason,
-            "num_context_tokens": len(search.prompt.context),
-            "num_new_tokens": len(search.best.generated),
-        },
-        ensure_ascii=False,
-    )
+def report(text: str, search: Search, filler: Filler, as_json: bool) -> str:
+    completion = filler.completion(search)
+    if as_json:
+        return json.dumps({"prompt": text, **asdict(completion)}, ensure_ascii=False)
+    return filler.codec.join(search.prompt, completion.fills, MARKS)
 
 
-def fill(
-    args: argparse.Namespace, engine: Engine, codec: BlankCodec, prompts: Iterable[str]
-) -> Iterator[str]:
+def fill(args: argparse.Namespace, filler: Filler, prompts: list[str]) -> Iterator[str]:
     """What to print for each text, in their order."""
-    tokenizer = codec.tokenizer
-    ends = Ends(tokenizer.sop, tokenizer.eop, tokenizer.eod)
-    config = SearchConfig(**{name: getattr(args, name) for name in vars(SearchConfig())})
-    searches = [
-        new_search(codec.encode(text, args.multitask), config, ends, engine) for text in prompts
-    ]
-    for _ in run(engine, searches, args.max_batch_size):
+    searches = []
+    for number, text in enumerate(prompts):
+        # A seed of its own for each, or the same text would be filled the same way every time.
+        config = search_config(args, args.seed + number)
+        searches.append(filler.search(filler.codec.encode(text, args.multitask), config))
+    for _ in run(filler.engine, searches, args.max_batch_size):
         pass
     for text, search in zip(prompts, searches, strict=True):
-        yield report(text, search, codec, args.json)
+        yield report(text, search, filler, args.json)
+
+
+def search_config(args: argparse.Namespace, seed: int) -> SearchConfig:
+    values = {field.name: getattr(args, field.name) for field in fields(SearchConfig)}
+    return SearchConfig(**values | {"seed": seed})
+
+
+def serve(args: argparse.Namespace, filler: Filler, layout: Layout) -> None:
+    if not layout.is_driver:
+        follow(filler, layout, (), lambda running: None)
+        return
+    try:
+        from megatron_glm.inference.server import ServerConfig, run_server
+    except ModuleNotFoundError as error:
+        raise GLMError(f"--serve: needs {error.name}; pip install 'megatron-glm[serve]'") from None
+    service = Service(filler, layout, args.max_batch_size, args.max_waiting)
+    config = ServerConfig(args.host, args.port, args.max_body_bytes, args.max_new_tokens)
+    run_server(service, search_config(args, args.seed), config, partial(print, flush=True))
 
 
 def generate(args: argparse.Namespace) -> None:
     device = default_device()
     start_processes(device)
     layout = Layout.create(args.tensor_model_parallel_size, args.pipeline_model_parallel_size)
-    engine, codec = load(args, layout, device)
+    filler = load(args, layout, device)
+    if args.serve:
+        serve(args, filler, layout)
+        return
     for prompts in layout.shared(texts(args)):
-        for line in fill(args, engine, codec, prompts):
+        for line in fill(args, filler, prompts):
             if layout.is_driver:
                 print(line, flush=True)
 

@@ -1,22 +1,245 @@
-"""Linear layers by the form of their weights."""
+"""Linear layers by the form of their weights: plain, INT8 or INT4.
 
-from typing import Protocol
+Quantised weights stay codes. A few rows (decode) are multiplied by torch's packed kernels where
+these are fast; for many (prefill), and everywhere else, a block of the weight at a time is
+dequantised and multiplied as a plain one.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 
+from megatron_glm.checkpoint.quantization import QuantizedWeight, pack_int4, unpack_int4
 
-class Linear(Protocol):
-    """x [t, in] @ weight.T + bias: [t, out]."""
+# Elements of a weight that are dequantised at a time.
+_BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
 
+
+class Linear(ABC):
+    """x [t, in] @ weight.T + bias: [t, out]. bias None where it is added elsewhere."""
+
+    def __init__(self, bias: torch.Tensor | None):
+        self.bias = bias
+
+    @abstractmethod
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Memory of the weight, its scales included."""
 
-class PlainLinear:
-    """weight [out, in] in the type of x; bias [out], or None where it is added elsewhere."""
+
+class PlainLinear(Linear):
+    """weight [out, in] in the type of x."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
-        self.weight, self.bias = weight, bias
+        super().__init__(bias)
+        self.weight = weight
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight, self.bias)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.weight.nbytes
+
+
+class QuantizedLinear(Linear):
+    """A weight as codes.
+
+    scales: [out, groups] in the type of x, each for in / groups neighbouring columns.
+    max_packed_rows: rows up to which the packed kernel is the faster way, 0 where there is none.
+    row_multiple: rows of the weight that are stored together.
+    """
+
+    max_packed_rows = 0
+    row_multiple = 1
+
+    def __init__(self, scales: torch.Tensor, bias: torch.Tensor | None):
+        super().__init__(bias)
+        self.scales = scales
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) > self.max_packed_rows:
+            return self._dequantized(x)
+        out = self._packed(x)
+        return out if self.bias is None else out.add_(self.bias)
+
+    @abstractmethod
+    def codes(self, rows: slice) -> torch.Tensor:
+        """int8 codes [rows, in]; `rows` is cut at multiples of `row_multiple`."""
+
+    @abstractmethod
+    def _packed(self, x: torch.Tensor) -> torch.Tensor:
+        """x @ weight.T by the packed kernel."""
+
+    def _dequantized(self, x: torch.Tensor) -> torch.Tensor:
+        num_rows = len(self.scales)
+        out = x.new_empty(len(x), num_rows)
+        block = _BLOCK_ELEMENTS[x.device.type] // x.shape[1]
+        block = max(block // self.row_multiple, 1) * self.row_multiple
+        for start in range(0, num_rows, block):
+            rows = slice(start, min(start + block, num_rows))
+            groups = self.codes(rows).unflatten(1, (self.scales.shape[1], -1)).to(x.dtype)
+            weight = groups.mul_(self.scales[rows].unsqueeze(-1)).flatten(1)
+            bias = None if self.bias is None else self.bias[rows]
+            out[:, rows] = F.linear(x, weight, bias)
+        return out
+
+
+class Int8Linear(QuantizedLinear):
+    """codes: int8 [out, in]; torch's kernel reads those of one scale a row as they are."""
+
+    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None):
+        super().__init__(scales, bias)
+        # In fp32 and fp16 the CPU's kernel is scalar, that of CUDA knows fp32 only.
+        if codes.device.type == "cpu" and scales.dtype == torch.bfloat16:
+            self.max_packed_rows = 96
+        self._groups = [part.contiguous() for part in codes.chunk(scales.shape[1], dim=1)]
+
+    def codes(self, rows: slice) -> torch.Tensor:
+        return torch.cat([part[rows] for part in self._groups], dim=1)
+
+    def _packed(self, x: torch.Tensor) -> torch.Tensor:
+        parts = [
+            torch._weight_int8pack_mm(columns.contiguous(), codes, scale.contiguous())
+            for columns, codes, scale in zip(
+                x.chunk(len(self._groups), dim=1), self._groups, self.scales.unbind(1), strict=True
+            )
+        ]
+        return parts[0] if len(parts) == 1 else torch.stack(parts).float().sum(0).to(x.dtype)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(codes.nbytes for codes in self._groups) + self.scales.nbytes
+
+
+class Int4Linear(QuantizedLinear):
+    """Codes in nibbles, without a kernel: an even column in the high four bits, [out, in / 2]."""
+
+    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None):
+        super().__init__(scales, bias)
+        self._nibbles = pack_int4(codes)
+
+    def codes(self, rows: slice) -> torch.Tensor:
+        return unpack_int4(self._nibbles[rows])
+
+    def _packed(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    @property
+    def num_bytes(self) -> int:
+        return self._nibbles.nbytes + self.scales.nbytes
+
+
+class PackedInt4Linear(QuantizedLinear):
+    """Codes in the order of the packed kernel of the CPU or of CUDA, bf16 alone."""
+
+    # Columns that may share a scale.
+    GROUP_SIZES = (256, 128, 64, 32)
+
+    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None):
+        super().__init__(scales, bias)
+        num_rows, num_columns = codes.shape
+        self._on_cpu = codes.device.type == "cpu"
+        self.max_packed_rows = 96 if self._on_cpu else 32
+        self.row_multiple, self._column_multiple = _tile_shape(codes.device.type)
+        self._group_size = _group_size(num_columns // scales.shape[1])
+        self._num_columns = num_columns
+        self._store = _pack(codes)
+        groups = num_columns // self._group_size
+        kernel_scales = scales.repeat_interleave(groups // scales.shape[1], dim=1).T
+        # The kernels compute code * scale + zero, with code 8 for 0 on either device.
+        self._scales_and_zeros = torch.stack(
+            (kernel_scales, torch.zeros_like(kernel_scales)), dim=-1
+        ).contiguous()
+
+    @staticmethod
+    def can_hold(codes: torch.Tensor, scales: torch.Tensor) -> bool:
+        """True where a kernel takes such a weight."""
+        rows, columns = _tile_shape(codes.device.type)
+        is_able = (
+            codes.device.type == "cpu"
+            or torch.cuda.get_device_capability(codes.device) >= (8, 0)
+        )
+        return (
+            is_able
+            and scales.dtype == torch.bfloat16
+            and codes.shape[0] % rows == 0
+            and codes.shape[1] % columns == 0
+            and _group_size(codes.shape[1] // scales.shape[1]) is not None
+        )
+
+    def codes(self, rows: slice) -> torch.Tensor:
+        tiles = (self.row_multiple, self._column_multiple)
+        size = tiles[0] * tiles[1]
+        stored = self._store.view(torch.uint8).view(-1, self._num_columns // tiles[1], size // 2)
+        stored = stored[rows.start // tiles[0] : -(-rows.stop // tiles[0])]
+        nibbles = torch.stack((stored & 15, stored >> 4), dim=-1).flatten(2)
+        order = _tile_order(self._store.device)
+        codes = nibbles[..., order].unflatten(-1, tiles).transpose(1, 2)
+        return codes.reshape(-1, self._num_columns).view(torch.int8) - 8
+
+    def _packed(self, x: torch.Tensor) -> torch.Tensor:
+        kernel = torch._weight_int4pack_mm_for_cpu if self._on_cpu else torch._weight_int4pack_mm
+        return kernel(x, self._store, self._group_size, self._scales_and_zeros)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._store.nbytes + self._scales_and_zeros.nbytes + self.scales.nbytes
+
+
+def quantized_linear(
+    weight: QuantizedWeight, bias: torch.Tensor | None, dtype: torch.dtype, device: torch.device
+) -> QuantizedLinear:
+    """The layer for a quantised weight, for x of `dtype` on `device`."""
+    codes, scales = weight.codes.to(device), weight.scales.to(device, dtype)
+    if weight.bits == 8:
+        return Int8Linear(codes, scales, bias)
+    kind = PackedInt4Linear if PackedInt4Linear.can_hold(codes, scales) else Int4Linear
+    return kind(codes, scales, bias)
+
+
+def _group_size(num_columns: int) -> int | None:
+    """The largest group of the kernels of which `num_columns` are whole ones."""
+    sizes = PackedInt4Linear.GROUP_SIZES
+    return next((size for size in sizes if num_columns % size == 0), None)
+
+
+_CUDA_INNER_TILES = 8
+
+
+def _pack(codes: torch.Tensor) -> torch.Tensor:
+    if codes.device.type == "cpu":
+        return torch._convert_weight_to_int4pack_for_cpu(codes.int() + 8, 1)
+    unsigned = (codes + 8).view(torch.uint8)
+    pairs = (unsigned[:, 0::2] << 4) | unsigned[:, 1::2]
+    return torch._convert_weight_to_int4pack(pairs.contiguous(), _CUDA_INNER_TILES)
+
+
+def _tile_shape(device_type: str) -> tuple[int, int]:
+    """Rows and columns of the tiles that the kernels store one behind the other."""
+    return (64, 1) if device_type == "cpu" else (8, 16 * _CUDA_INNER_TILES)
+
+
+@cache
+def _tile_order(device: torch.device) -> torch.Tensor:
+    """For each element of a tile, which of the tile's nibbles holds it.
+
+    The order depends on the kernel and, on a CPU, on its instructions, so it is found by packing
+    each element's own number, four bits at a time.
+    """
+    rows, columns = _tile_shape(device.type)
+    # The CPU's kernel packs no fewer columns than a group.
+    repeats = max(32 // columns, 1)
+    numbers = torch.arange(rows * columns, device=device).view(rows, columns).repeat(1, repeats)
+    found = torch.zeros(rows * columns, dtype=torch.int64, device=device)
+    for shift in range(0, (rows * columns - 1).bit_length(), 4):
+        packed = _pack(((numbers >> shift) % 16 - 8).to(torch.int8)).view(torch.uint8).flatten()
+        packed = packed[: rows * columns // 2]
+        found += torch.stack((packed & 15, packed >> 4), dim=-1).flatten().long() << shift
+    return found.argsort()
