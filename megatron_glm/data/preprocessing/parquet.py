@@ -48,6 +48,8 @@ def _read_groups(parquet, keys, start, batch_bytes):
             line += batch.num_rows
             if rows:
                 yield line - len(rows), rows, line / total
+    if line != total:
+        raise OSError(f"it holds {line} rows, and not the {total} that it tells")
 
 
 def _values(column) -> list:
