@@ -79,15 +79,15 @@ class MegatronWriter:
             # How Megatron is to name what it looks for: layers stacked along a first dimension.
             "content_metadata": {"singleton_local_shards": False},
         }
-        dcp.save(
-            {},
-            # Nothing is copied ahead: one tensor in memory at a time, on machines with GPUs too.
-            storage_writer=dcp.FileSystemWriter(
-                str(target), thread_count=1, per_thread_copy_ahead=0
-            ),
-            planner=_StreamingPlanner(self.settings, self.dtype, common, read),
-            no_dist=True,
-        )
+        # Nothing is copied ahead: one tensor in memory at a time, on machines with GPUs too.
+        writer = dcp.FileSystemWriter(str(target), thread_count=1, per_thread_copy_ahead=0)
+        planner = _StreamingPlanner(self.settings, self.dtype, common, read)
+        try:
+            dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
+        except dcp.api.CheckpointException as error:
+            # What went wrong on the only rank there is, instead of a report on all ranks.
+            cause, _ = error.failures[0]
+            raise cause from None
         backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         (target / "metadata.json").write_text(json.dumps(backend))
         (folder / TRACKER).write_text("release" if released else str(self.iteration))

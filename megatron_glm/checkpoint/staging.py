@@ -32,19 +32,21 @@ def staged_directory(target: Path, num_bytes: int, overwrite: bool = False) -> I
         raise CheckpointError(
             f"--save {target}: exists and is not empty; give another folder, or --overwrite"
         )
-    with _disk_errors(target, num_bytes):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked_empty(partial):
-            try:
-                _check_space(partial, num_bytes)
-                yield partial
-                _sync(partial)
-                _replace(partial, target)
-            except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)
-                raise
-            # After an exchange it holds what `target` held before.
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"--save {target}: cannot be written ({error})") from None
+    with _disk_full_errors(target, num_bytes), _locked_empty(partial):
+        try:
+            _check_space(partial, num_bytes)
+            yield partial
+            _sync(partial)
+            _replace(partial, target)
+        except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
+            raise
+        # After an exchange it holds what `target` held before.
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _holds_something(path: Path) -> bool:
@@ -52,25 +54,22 @@ def _holds_something(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _disk_errors(target: Path, num_bytes: int) -> Iterator[None]:
+def _disk_full_errors(target: Path, num_bytes: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CheckpointError(
-                f"--save {target}: the disk is full; {num_bytes / 1e9:.3f} GB are needed in all. "
-                "Nothing was left behind"
-            ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise CheckpointError(f"--save {target}: cannot be written ({error})") from error
-        raise
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise CheckpointError(
+            f"--save {target}: the disk is full; {num_bytes / 1e9:.3f} GB are needed in all. "
+            "Nothing was left behind"
+        ) from error
 
 
 @contextlib.contextmanager
 def _locked_empty(partial: Path) -> Iterator[None]:
-    """Makes the folder, or takes over what a dead process left of it, and keeps other processes
-    away from it; the kernel frees the lock when this one dies."""
-    partial.mkdir(exist_ok=True)
+    """Removes what a dead process left in the folder and keeps living ones away from it; the kernel
+    frees the lock when this one dies."""
     descriptor = os.open(partial, os.O_RDONLY)
     try:
         try:
