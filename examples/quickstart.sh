@@ -13,12 +13,12 @@ shown=$work
 work=$(cd "$work" && pwd)
 cd "$(dirname "$0")/.."
 
-steps=${QUICKSTART_STEPS:-720}
+steps=${QUICKSTART_STEPS:-1200}
 vocab_size=${QUICKSTART_VOCAB_SIZE:-2048}
 roots=${QUICKSTART_ROOTS:-} # folders to take text from; the running Python's own where empty
 seq_length=256
-if [ "$steps" -lt 36 ]; then
-    echo "quickstart: QUICKSTART_STEPS=$steps: must be at least 36, so that there is a curve" >&2
+if [ "$steps" -lt 40 ]; then
+    echo "quickstart: QUICKSTART_STEPS=$steps: must be at least 40, so that there is a curve" >&2
     exit 2
 fi
 
@@ -57,30 +57,32 @@ if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     device=gpu precision=(--bf16)
 fi
 training=(
-    --glm-preset tiny --seq-length "$seq_length"
+    # A model that sees enough tokens in minutes: some 0.9 million parameters.
+    --glm-preset tiny --num-layers 3 --hidden-size 128 --ffn-hidden-size 384
+    --seq-length "$seq_length" "${tokenizer[@]}"
     --train-data-path "$work/data/train_text_document"
     --valid-data-path "$work/data/valid_text_document"
-    "${tokenizer[@]}" --data-cache-path "$work/data/cache" --num-workers 1
-    # Half of the sequences for each objective; [MASK] samples of 128 tokens.
-    --gpt-prob 0.5 --aggregated-samples-per-sequence 2
+    --data-cache-path "$work/data/cache" --num-workers 1
+    # Half of the sequences for each objective, and twice as many blanks as GLM-130B had: each of
+    # these few tokens is to teach something. [MASK] samples have 128 tokens.
+    --gpt-prob 0.5 --mask-prob 0.3 --aggregated-samples-per-sequence 2
     --train-iters "$steps" --global-batch-size 8 --micro-batch-size 8 "${precision[@]}"
-    # A word embedding of the usual size: GLM-130B's 0.0052 takes this few steps to grow out of.
-    --lr 1e-3 --min-lr 1e-4 --lr-warmup-iters $((steps / 36)) --init-method-std 0.02
+    # GLM-130B's word embedding, 0.0052, would take most of these steps to grow to a useful size.
+    --lr 2e-3 --min-lr 1e-4 --lr-warmup-iters $((steps / 40)) --init-method-std 0.05
     --attention-dropout 0 --hidden-dropout 0
     # One step late, so that the last evaluation is the one after the end.
     --eval-interval $((steps / 6 + 1)) --eval-iters 20
 )
-
 prompts=(
-    'Returns: [MASK]: True if the two objects are equal, False otherwise.'
-    'Raises [MASK] if the key is not found in the dictionary.'
-    'hidden_states (`torch.Tensor` of shape [gMASK]'
+    'Raises a ValueError if the argument [MASK] not a string.'
+    'input_ids (`torch.LongTensor` of shape `([MASK], sequence_length)`): Indices of input tokens.'
+    'hidden_size (`int`, *optional*, defaults to 768): [gMASK]'
 )
 
 train() { # FLAGS: trains on from the last checkpoint, if there is one
     torchrun --standalone --nproc-per-node 1 pretrain_glm.py "${training[@]}" \
         --save "$work/checkpoint" --load "$work/checkpoint" --save-interval $((steps / 6)) \
-        --log-interval $((steps / 36)) --tensorboard-dir "$work/tensorboard" "$@" 2>&1 |
+        --log-interval $((steps / 40)) --tensorboard-dir "$work/tensorboard" "$@" 2>&1 |
         python tools/show_progress.py --log "$work/train.log" --seq-length "$seq_length" ||
         fail "$work/train.log"
 }
@@ -130,6 +132,7 @@ if begin plot "7/8 Draw the losses"; then
 fi
 if begin blanks "8/8 Let it fill three blanks: what it wrote stands between ⟦ and ⟧"; then
     python tools/generate.py --load "$work/checkpoint" "${tokenizer[@]}" --max-new-tokens 24 \
+        --max-batch-size 1 \
         --prompt "${prompts[0]}" --prompt "${prompts[1]}" --prompt "${prompts[2]}" \
         >"$work/blanks.txt" 2>"$work/blanks.log" || fail "$work/blanks.log"
     finish blanks
