@@ -96,9 +96,16 @@ class Timed:
 # -- the rows
 
 
+def rust_tokenizer(model: Path) -> Tokenizer:
+    tokenizer = Tokenizer.from_file(str(model))
+    # As ours: sources that write "[MASK]" mean the word.
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
 def rust_alone(model: Path, documents: list[str], workers: int) -> None:
     os.environ["RAYON_NUM_THREADS"] = str(workers)
-    tokenizer = Tokenizer.from_file(str(model))
+    tokenizer = rust_tokenizer(model)
     for batch in batched(documents, BATCH):
         tokenizer.encode_batch_fast(list(batch), add_special_tokens=False)
 
@@ -120,7 +127,7 @@ def start_stand_in(model: Path) -> None:
     global _encode
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if model.suffix == ".json":
-        tokenizer = Tokenizer.from_file(str(model))
+        tokenizer = rust_tokenizer(model)
         _encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
     else:
         _encode = sentencepiece.SentencePieceProcessor(model_file=str(model)).encode

@@ -17,8 +17,9 @@ from tqdm import tqdm
 from megatron_glm.data.codecs import CODECS, TEXT_SCHEMES, build_codec
 from megatron_glm.data.preprocessing.encoding import Encoder
 from megatron_glm.data.preprocessing.inputs import FORMATS, find_inputs
-from megatron_glm.data.preprocessing.output import Output, Snapshot
+from megatron_glm.data.preprocessing.output import Output
 from megatron_glm.data.preprocessing.run import run
+from megatron_glm.data.preprocessing.snapshot import Snapshot
 from megatron_glm.errors import GLMError
 
 # tqdm's monitor thread would be there when the workers are forked.
@@ -94,12 +95,10 @@ def preprocess(args: argparse.Namespace) -> None:
     }
     level = "sentence" if args.split_sentences else "document"
     output = Output(args.output_prefix, settings, files, args.json_keys, level, codec)
-    if args.overwrite and not (output.folder / "state.json").exists():
-        output.remove_all()
-    if output.is_complete():
+    if not args.overwrite and output.is_complete():
         print(f"{args.output_prefix}: already complete")
         return
-    output.open()
+    output.open(args.overwrite)
     encoder = Encoder(codec, args.json_keys, args.append_eod, args.split_sentences)
     with make_bar(sum(file.num_bytes for file in files), output.now) as bar:
         run(output, files, encoder, args.text_documents, args.workers, args.max_rejects,

@@ -4,6 +4,7 @@ A module of its own, since the processes of `forked` import it and must not impo
 """
 
 import os
+import resource
 import signal
 import time
 
@@ -47,3 +48,9 @@ def encode_slowly():
         return encode(self, block)
 
     Encoder.encode = slow
+
+
+def fill_the_disk(num_bytes):
+    """No file may become longer."""
+    use_small_blocks()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))

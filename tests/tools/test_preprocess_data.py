@@ -20,7 +20,13 @@ from megatron_glm.data.codecs import build_codec
 from megatron_glm.data.indexed import check_indexed_dataset
 from tests.data.codecs.models import bpe, python_sources
 from tests.tools import forked
-from tests.tools.faults import die_at_call, encode_slowly, use_small_blocks, use_small_documents
+from tests.tools.faults import (
+    die_at_call,
+    encode_slowly,
+    fill_the_disk,
+    use_small_blocks,
+    use_small_documents,
+)
 
 TOOL = "tools.preprocess_data"
 
@@ -110,6 +116,7 @@ def test_output_is_byte_for_byte_what_megatron_would_write(tool, tmp_path, codec
         assert (tmp_path / f"out_text_document{suffix}").read_bytes() == expected
     assert_only_final_files(tmp_path)
     assert f"{len(texts)} documents" in result.output
+    assert "B/s" in result.output and "tokens" in result.output
 
 
 def write_gz(path, data):
@@ -430,6 +437,11 @@ def test_other_settings_or_inputs_do_not_go_on_with_an_interrupted_run(tool, tmp
     result = tool("--input", first, second, "--append-eod")
     assert result.code == 1
     assert "whose append_eod was False and not True" in result.output
+    assert tool("--input", first, second, "--append-eod", "--overwrite").code == 0
+    shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)
+    for path in tmp_path.glob("out*"):
+        path.unlink()
+    interrupt(tool, tmp_path, ["--input", first, second])
     state = json.loads((tmp_path / "out.partial" / "state.json").read_text())
     state["now"]["cursor"] = [1, 0, 0]
     (tmp_path / "out.partial" / "state.json").write_text(json.dumps(state))
@@ -437,6 +449,24 @@ def test_other_settings_or_inputs_do_not_go_on_with_an_interrupted_run(tool, tmp
     result = tool("--input", first, second)
     assert result.code == 1
     assert "are others or have changed" in result.output
+    result = tool("--input", first, second, "--overwrite")
+    assert result.code == 0, result.output
+    assert "399 documents" in result.output
+
+
+@pytest.mark.parametrize("num_bytes", [3000, 20000, 40000])
+def test_full_disk_is_named_and_the_run_goes_on(tool, tmp_path, texts, num_bytes):
+    argv = ["--input", write_jsonl(tmp_path / "a.jsonl", texts), "--checkpoint-seconds", 0]
+    assert tool(*argv).code == 0
+    expected = output_files(tmp_path)
+    for path in tmp_path.glob("out*"):
+        path.unlink()
+    result = tool(*argv, setup=fill_the_disk, setup_args=(num_bytes,))
+    assert result.code == 1
+    assert "cannot be written" in result.output
+    assert "Traceback" not in result.output and "ignored" not in result.output
+    assert tool(*argv).code == 0
+    assert output_files(tmp_path) == expected
 
 
 @pytest.mark.parametrize("name", ["b.jsonl.gz", "b.jsonl.zst"])

@@ -13,7 +13,8 @@ from multiprocessing import get_context
 from megatron_glm.data.preprocessing.blocks import Block, read_blocks
 from megatron_glm.data.preprocessing.encoding import EncodedBlock, Encoder
 from megatron_glm.data.preprocessing.inputs import InputFile
-from megatron_glm.data.preprocessing.output import REJECTS, Output, Snapshot
+from megatron_glm.data.preprocessing.output import REJECTS, Output
+from megatron_glm.data.preprocessing.snapshot import Snapshot
 from megatron_glm.errors import GLMError
 
 # Blocks per worker that are read ahead: enough to keep it busy, few enough to bound the memory.
