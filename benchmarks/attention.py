@@ -209,7 +209,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Measure, print the table, write the record and, if asked, the plot."""
     arguments = parse(argv)
-    rows = list(run(arguments))
+    rows = []
+    for row in run(arguments):
+        rows.append(row)
+        print(*row.values(), flush=True)
     print_table(rows)
     settings = {key: value for key, value in vars(arguments).items() if key not in
                 ("results", "plot")}

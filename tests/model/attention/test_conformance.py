@@ -225,6 +225,43 @@ def test_a_sequence_too_short_to_check():
                         **SHAPE | {"seq_length": 8})
 
 
+def check_glm(wrong_rank, dtype):
+    """Checks GLM itself on this rank's vocabulary shard of the logits; the message or None."""
+    from megatron.core import parallel_state
+
+    from megatron_glm.model.attention.core_attention import PrefixAttention
+    from tests.model.building import build_glm
+
+    (model,) = build_glm(num_layers=2, params_dtype=dtype, bf16=dtype == torch.bfloat16)
+    model.to(dtype)
+    if dist.get_rank() == wrong_rank:
+        right = PrefixAttention.forward
+
+        def skewed(self, query, key, value, samples, **options):
+            samples = samples.clone()
+            context_too_long(samples)
+            return right(self, query, key, value, samples, **options)
+
+        PrefixAttention.forward = skewed
+    model.eval()
+    try:
+        check_model(model, name="GLM", batch=2, seq_length=64, vocab_size=512, max_samples=4,
+                    device=torch.device("cpu"),
+                    group=parallel_state.get_tensor_model_parallel_group())
+    except MaskConformanceError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_glm_under_tensor_parallelism(dtype):
+    layout = {"tensor_model_parallel_size": 2}
+    assert run_ranks(check_glm, None, dtype, **layout) == [None, None]
+    for message in run_ranks(check_glm, 1, dtype, **layout):
+        assert "the context must not see token" in message
+
+
 def wrong_on_one_rank():
     attention = partial(wrong_attention, causal) if dist.get_rank() == 1 else reference
     try:
