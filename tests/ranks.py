@@ -16,6 +16,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def run_ranks(
     context = _warm_context()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     call = pickle.dumps((function, args))
-    setup = {"seed": seed, "layout": layout} if initialize else None
+    setup = {"seed": seed, "timeout": timeout, "layout": layout} if initialize else None
     with tempfile.TemporaryDirectory() as folder:
         stacks = [Path(folder, str(rank)) for rank in range(world_size)]
         pipes, processes = [], []
@@ -133,10 +134,10 @@ def _rank(sender, call: bytes, environment: dict, setup: dict | None, stack: Pat
     os._exit(0)
 
 
-def _start_megatron(seed: int, layout: dict[str, Any]) -> None:
+def _start_megatron(seed: int, timeout: float, layout: dict[str, Any]) -> None:
     from megatron.core import parallel_state, tensor_parallel
 
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
     parallel_state.initialize_model_parallel(**layout)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
