@@ -31,6 +31,7 @@ class KVCache:
         self.lengths += lengths
         self.reserve(max(self.lengths, default=0))
 
+    @torch.inference_mode()
     def reserve(self, length: int) -> None:
         """Makes room for rows of `length` tokens."""
         rows, capacity = self._store.shape[2], self._store.shape[4]
@@ -44,6 +45,7 @@ class KVCache:
         grown[:, :, :rows, :, :capacity] = self._store
         self._store = grown
 
+    @torch.inference_mode()
     def write_rows(
         self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor
     ) -> None:
@@ -52,6 +54,7 @@ class KVCache:
         self._store[layer, 0, start : start + rows, :, :tokens] = keys
         self._store[layer, 1, start : start + rows, :, :tokens] = values
 
+    @torch.inference_mode()
     def append(
         self, layer: int, at: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,6 +67,7 @@ class KVCache:
         stored_values[index, :, at] = values
         return stored_keys[:, :, :length], stored_values[:, :, :length]
 
+    @torch.inference_mode()
     def select(self, rows: Sequence[int]) -> None:
         """Row i becomes a copy of what row rows[i] was; rows may repeat, be left out and be more
         than before."""

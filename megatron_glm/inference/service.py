@@ -113,7 +113,7 @@ class Service:
     @property
     def is_running(self) -> bool:
         """True while requests are taken in."""
-        return self._thread.is_alive() and not self._is_stopping
+        return not self._is_stopping
 
     @property
     def load(self) -> tuple[int, int]:
