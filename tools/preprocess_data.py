@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from megatron_glm.data.codecs import CODECS, TEXT_SCHEMES, build_codec
 from megatron_glm.data.preprocessing.encoding import Encoder
-from megatron_glm.data.preprocessing.inputs import FORMATS, find_inputs
-from megatron_glm.data.preprocessing.output import Output
+from megatron_glm.data.preprocessing.inputs import FORMATS, InputFile, find_inputs
+from megatron_glm.data.preprocessing.output import REJECTS, Output
 from megatron_glm.data.preprocessing.run import run
 from megatron_glm.data.preprocessing.snapshot import Snapshot
 from megatron_glm.errors import GLMError
@@ -77,10 +77,17 @@ def check_args(args: argparse.Namespace) -> None:
         )
 
 
+def drop_own_files(files: list[InputFile], prefix: str) -> list[InputFile]:
+    """Leaves out what this tool writes under the prefix: a folder may hold input and output."""
+    partial = os.path.abspath(f"{prefix}.partial")
+    own = (partial + os.sep, os.path.abspath(f"{prefix}.{REJECTS}"))
+    return [file for file in files if not os.path.abspath(file.path).startswith(own)]
+
+
 def preprocess(args: argparse.Namespace) -> None:
     """The whole tool; GLMError for what a user can cure."""
     check_args(args)
-    files = find_inputs(args.input, args.input_format)
+    files = drop_own_files(find_inputs(args.input, args.input_format), args.output_prefix)
     if len(args.json_keys) > 1 and any(file.format == "text" for file in files):
         raise GLMError(
             f"--json-keys {' '.join(args.json_keys)}: plain text has but one; give jsonl or parquet"

@@ -165,6 +165,16 @@ def test_output_does_not_depend_on_workers_or_blocks(tool, tmp_path, texts):
     assert output_files(tmp_path) == first
 
 
+def test_a_folder_may_hold_the_output_too(tool, tmp_path, texts):
+    path = write_jsonl(tmp_path / "a.jsonl", texts)
+    path.write_text("{broken\n" + path.read_text())
+    argv = ["--input", tmp_path, "--max-rejects", 1]
+    interrupt(tool, tmp_path, argv)
+    assert tool(*argv).code == 0
+    assert (tmp_path / "out.rejects.jsonl").exists()
+    assert "already complete" in tool(*argv).output
+
+
 def test_files_and_globs_come_in_the_order_given(tool, tmp_path, codec, texts):
     for name, part in [("b", texts[:5]), ("c1", texts[5:10]), ("a", texts[10:15])]:
         write_jsonl(tmp_path / f"{name}.jsonl", part)

@@ -41,15 +41,16 @@ def find_inputs(patterns: Iterable[str], input_format: str | None = None) -> lis
     """The files that --input names: files, folders (searched through) and globs.
 
     Order: as given; within a folder or a glob by name. Without `input_format` the format follows
-    from the suffix, and in a folder or glob files of other suffixes are passed over. GLMError where
-    nothing is found, a format is unknown, or a file would be read twice.
+    from the suffix; in a folder or glob files of other suffixes are passed over, and in a folder
+    .json too, which there is rarely a corpus. GLMError where nothing is found, a format is unknown,
+    or a file would be read twice.
     """
     found: list[InputFile] = []
     for pattern in patterns:
         if os.path.isfile(pattern):
             paths, must_match = [pattern], True
         elif os.path.isdir(pattern):
-            paths, must_match = _files_below(pattern), False
+            paths, must_match = _files_below(pattern, input_format), False
         else:
             paths = sorted(p for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
             must_match = False
@@ -69,8 +70,9 @@ def find_inputs(patterns: Iterable[str], input_format: str | None = None) -> lis
     return found
 
 
-def _files_below(folder: str) -> list[str]:
-    return sorted(str(path) for path in Path(folder).rglob("*") if path.is_file())
+def _files_below(folder: str, input_format: str | None) -> list[str]:
+    paths = (path for path in Path(folder).rglob("*") if path.is_file())
+    return sorted(str(path) for path in paths if input_format or path.suffix != ".json")
 
 
 def _describe(path: str, input_format: str | None, must_match: bool) -> InputFile | None:
