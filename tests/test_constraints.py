@@ -1,6 +1,8 @@
-"""constraints.txt pins every package that the project brings in."""
+"""constraints.txt pins every package that the project brings in, and all that it imports."""
 
+import ast
 import importlib.metadata
+import sys
 import tomllib
 from pathlib import Path
 
@@ -45,3 +47,26 @@ def test_pins_name_packages_and_versions_only():
     for line in PINS:
         requirement = Requirement(line)
         assert requirement.url is None and str(requirement.specifier).startswith("==")
+
+
+def imported_packages(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module.partition(".")[0]
+
+
+def test_every_import_is_of_a_package_that_the_project_declares():
+    folders = ["megatron_glm", "patches", "tools", "benchmarks", "tests"]
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    imported = {name for path in [*files, *ROOT.glob("*.py")] for name in imported_packages(path)}
+    # tools and tests import their neighbours by bare name.
+    own = {*folders, *(path.stem for path in files), *(path.stem for path in ROOT.glob("*.py"))}
+    declared = set(needed())
+    provided = {
+        name
+        for name, distributions in importlib.metadata.packages_distributions().items()
+        if {canonicalize_name(distribution) for distribution in distributions} & declared
+    }
+    assert imported - set(sys.stdlib_module_names) - own - provided == set()
