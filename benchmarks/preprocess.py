@@ -13,7 +13,7 @@ object a line. Every row does the same work with the same tokenizer on the same 
 - "ours": tools/preprocess_data.py as a user starts it, Python's start included.
 
 Every id that ours wrote is compared with every id of the stand-in. Ratios are of times by the
-clock; processor seconds are given since they depend less on what else the machine does.
+clock and, less dependent on what else the machine does, of processor time (cpu).
 """
 
 import argparse
@@ -247,8 +247,9 @@ def add_ratios(rows: list[dict[str, Any]], kind: str) -> None:
     """How many times as fast as the tokenizer alone and as Megatron-LM's tool."""
     of_kind = [row for row in rows if row[""].startswith(kind)]
     for row in of_kind:
-        row["x alone"] = row["MB/s"] / of_kind[0]["MB/s"]
-        row["x Megatron"] = row["MB/s"] / of_kind[1]["MB/s"]
+        for unit, suffix in (("MB/s", ""), ("MB/cpu-s", " (cpu)")):
+            row[f"x alone{suffix}"] = row[unit] / of_kind[0][unit]
+            row[f"x Megatron{suffix}"] = row[unit] / of_kind[1][unit]
 
 
 def main() -> None:
