@@ -11,7 +11,7 @@ from megatron_glm.errors import GLMError
 
 BLOCK_BYTES = 1 << 20
 # A longer document is rejected: it would otherwise be held in memory whole.
-MAX_DOCUMENT_BYTES = 256 << 20
+MAX_DOCUMENT_BYTES = 64 << 20
 LINE_END = re.compile(rb"\n")
 BLANK_LINES = re.compile(rb"\n(?:[ \t\r]*\n)+")
 # The longest stretch of white space that is still seen as a blank line while skipping.
