@@ -108,10 +108,7 @@ RULES: tuple[Rule, ...] = (
     Rule("yaml_cfg", "--yaml-cfg", (None,), "GLM's settings are flags; pass them as such"),
 )
 
-RECOMPUTE_REFUSED = {
-    "mlp": "Megatron recurses without end on an MLP with biases",
-    "layernorm": "it frees the norm's output, which is GLM's residual",
-}
+RECOMPUTE_REFUSED = {"layernorm": "it frees the norm's output, which is GLM's residual"}
 
 
 def check_flags(args: Namespace) -> None:
@@ -123,7 +120,7 @@ def check_flags(args: Namespace) -> None:
     for module in args.recompute_modules or ():
         if module in RECOMPUTE_REFUSED:
             raise FlagError(
-                f"--recompute-modules {module}: {RECOMPUTE_REFUSED[module]}; use core_attn, or "
+                f"--recompute-modules {module}: {RECOMPUTE_REFUSED[module]}; use core_attn or mlp, or "
                 "--recompute-granularity full"
             )
     if args.glm_attention_backend not in ("auto", *BACKENDS):

@@ -87,7 +87,7 @@ def test_every_rule_refuses_by_name(parser, rule):
         (["--position-embedding-type", "rope"], "--position-embedding-type rope"),
         (["--norm-epsilon", "1e-6"], "--norm-epsilon 1e-06"),
         (["--context-parallel-size", "2"], "--context-parallel-size 2"),
-        (["--recompute-modules", "mlp"], "--recompute-modules mlp"),
+        (["--recompute-modules", "layernorm"], "--recompute-modules layernorm"),
         (["--hidden-size", "60", "--num-attention-heads", "12"], "--num-attention-heads 12"),
         (["--train-iters", "5", "--lr-warmup-iters", "5"], "--lr-warmup-iters 5"),
         (["--glm-attention-backend", "fast"], "--glm-attention-backend fast"),

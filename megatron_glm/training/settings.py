@@ -132,16 +132,31 @@ def _check_checkpoint(args: Namespace, directory: str) -> None:
     if directory == args.load and not args.finetune:
         for state in DATA_STATES:
             setattr(args, state, getattr(saved, state, None))
-    other_layout = any(
+    if directory == args.load and not (args.finetune or args.no_load_optim):
+        _check_optimizer_state(args, saved, directory)
+
+
+def _check_optimizer_state(args: Namespace, saved: Namespace, directory: str) -> None:
+    if saved.no_save_optim:
+        raise CheckpointMismatchError(
+            f"{directory} holds weights without the state of an optimizer: start from them with "
+            "--finetune, or go on with a fresh optimizer by --no-load-optim"
+        )
+    if saved.use_distributed_optimizer != args.use_distributed_optimizer:
+        with_or_without = "with" if saved.use_distributed_optimizer else "without"
+        raise CheckpointMismatchError(
+            f"{directory} was saved {with_or_without} --use-distributed-optimizer, whose state the "
+            f"other cannot read: resume {with_or_without} it, or drop the state with "
+            "--no-load-optim"
+        )
+    is_other_layout = any(
         getattr(saved, size) != getattr(args, size)
         for size in ("tensor_model_parallel_size", "pipeline_model_parallel_size")
     )
     if (
-        other_layout
+        is_other_layout
         and saved.use_distributed_optimizer
         and not saved.dist_ckpt_optim_fully_reshardable
-        and not (args.finetune or args.no_load_optim)
-        and directory == args.load
     ):
         raise CheckpointMismatchError(
             f"{directory} was saved by the distributed optimizer at TP "

@@ -106,6 +106,16 @@ def test_checkpoint_of_other_settings(corpus, checkpoint, flags, named):
     assert contents(checkpoint) == before
 
 
+@pytest.mark.parametrize("saved, flags, named", [
+    ([], ["--use-distributed-optimizer"], "saved without --use-distributed-optimizer"),
+    (["--use-distributed-optimizer"], [], "saved with --use-distributed-optimizer"),
+    (["--no-save-optim"], [], "weights without the state of an optimizer"),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_optimizer_state_that_cannot_be_read(corpus, tmp_path, saved, flags, named):
+    pretrain([*TINY, *corpus.flags, "--train-iters", "3", "--save", str(tmp_path), *saved])
+    assert named in refused(*corpus.flags, "--train-iters", "6", "--load", str(tmp_path), *flags)
+
+
 def test_a_run_that_is_over_says_how_to_go_on(corpus, checkpoint):
     message = refused(*corpus.flags, "--load", str(checkpoint))
     assert "--train-iters" in message and str(checkpoint) in message

@@ -11,7 +11,7 @@ TP2 = ["--tensor-model-parallel-size", "2"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
 FULL = ["--recompute-granularity", "full", "--recompute-method", "uniform",
         "--recompute-num-layers", "1"]  # fmt: skip
-SELECTIVE = ["--recompute-granularity", "selective", "--recompute-modules", "core_attn"]
+SELECTIVE = ["--recompute-granularity", "selective", "--recompute-modules", "core_attn", "mlp"]
 LAYOUTS = {
     "tp 2": (2, TP2),
     "tp 2, sequence parallel": (2, [*TP2, "--sequence-parallel"]),
