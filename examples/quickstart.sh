@@ -132,7 +132,6 @@ if begin plot "7/8 Draw the losses"; then
 fi
 if begin blanks "8/8 Let it fill three blanks: what it wrote stands between ⟦ and ⟧"; then
     python tools/generate.py --load "$work/checkpoint" "${tokenizer[@]}" --max-new-tokens 24 \
-        --max-batch-size 1 \
         --prompt "${prompts[0]}" --prompt "${prompts[1]}" --prompt "${prompts[2]}" \
         >"$work/blanks.txt" 2>"$work/blanks.log" || fail "$work/blanks.log"
     finish blanks
