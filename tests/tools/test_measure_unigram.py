@@ -1,19 +1,12 @@
 """tools/measure_unigram.py measures a unigram model on the targets that a run is measured on."""
 
-import json
 import math
-import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tools import measure_unigram
-
-TOOL = Path(measure_unigram.__file__)
 
 
 def test_targets_are_counted_by_the_objective_of_their_sample():

@@ -29,7 +29,8 @@ def log(tmp_path):
 
 def test_each_objective_has_its_curves_and_its_level_line(monkeypatch, tmp_path):
     monkeypatch.setattr(plt, "close", lambda figure: None)
-    train = {"": {10: 5.0}, "some_source": {10: 5.0}, "[MASK]": {10: 6.0, 20: 5.0}, "[gMASK]": {10: 4.0}}
+    train = {"": {10: 5.0}, "[MASK]": {10: 6.0, 20: 5.0}, "[gMASK]": {10: 4.0}}
+    train["some_source"] = {10: 5.0}
     plot_losses.draw(train, {"[MASK]": {20: 5.5}}, {"[MASK]": 6.5}, tmp_path / "plot.png")
     lines = {line.get_label(): line.get_xydata().tolist() for line in plt.gca().lines}
     assert lines == {
