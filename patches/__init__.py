@@ -8,6 +8,7 @@ import logging
 import os
 import pkgutil
 import sys
+import warnings
 
 from patches.patch import Patch, PatchDriftError
 
@@ -45,17 +46,23 @@ def apply() -> list[str]:
     needed = {name: patch for name, patch in load().items() if patch.needed()}
     for name, patch in needed.items():
         patch.check_versions(name)
-    for torch_only in (True, False):
-        stage = {n: p for n, p in needed.items() if _is_torch_only(p) is torch_only}
-        for name, patch in stage.items():
-            patch.check_sources(name)
-        for name, patch in stage.items():
-            for target in patch.targets:
-                target.install()
-            _applied.append(name)
+    with warnings.catch_warnings():
+        # At its import Megatron says ten times that it goes without Transformer Engine and Apex.
+        warnings.simplefilter("ignore")
+        for torch_only in (True, False):
+            _install({n: p for n, p in needed.items() if _is_torch_only(p) is torch_only})
     if os.environ.get("RANK", "0") == "0":
         logger.info("patches applied: %s", ", ".join(_applied))
     return list(_applied)
+
+
+def _install(stage: dict[str, Patch]) -> None:
+    for name, patch in stage.items():
+        patch.check_sources(name)
+    for name, patch in stage.items():
+        for target in patch.targets:
+            target.install()
+        _applied.append(name)
 
 
 def _is_torch_only(patch: Patch) -> bool:

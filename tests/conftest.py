@@ -1,7 +1,6 @@
 """Every test runs with the patches applied and one thread a process."""
 
 import os
-import warnings
 
 # Before torch is imported: it reads the number of threads then.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,10 +11,7 @@ import torch
 
 import patches
 
-with warnings.catch_warnings():
-    # Megatron says at import, ten times, that it goes without Transformer Engine and Apex.
-    warnings.simplefilter("ignore")
-    patches.apply()
+patches.apply()
 
 
 def pytest_collection_modifyitems(items):
