@@ -2,31 +2,30 @@
 
 import io
 import json
+import pickle
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
+    Metadata,
     MetadataIndex,
+    StorageMeta,
     TensorProperties,
-)
-from torch.distributed.checkpoint.planner import (
-    SavePlan,
-    SavePlanner,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
+    TensorStorageMetadata,
 )
 
 from megatron_glm.checkpoint.megatron import COMMON_STATE, TRACKER
 from megatron_glm.checkpoint.settings import Settings
 from megatron_glm.checkpoint.table import Format, Tensor, tensors
+from megatron_glm.checkpoint.torch_writer import TensorSpec, TorchWriter
 
+DATA_FILE = "__0_0.distcp"
 # Megatron's linears store an (empty) state beside their weights, and its loader asks for it.
 _LINEARS = (
     "self_attention.linear_proj",
@@ -79,83 +78,76 @@ class MegatronWriter:
             # How Megatron is to name what it looks for: layers stacked along a first dimension.
             "content_metadata": {"singleton_local_shards": False},
         }
-        # Nothing is copied ahead: one tensor in memory at a time, on machines with GPUs too.
-        writer = dcp.FileSystemWriter(str(target), thread_count=1, per_thread_copy_ahead=0)
-        planner = _StreamingPlanner(self.settings, self.dtype, common, read)
-        try:
-            dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
-        except dcp.api.CheckpointException as error:
-            # What went wrong on the only rank there is, instead of a report on all ranks.
-            cause, _ = error.failures[0]
-            raise cause from None
+        with open(target / DATA_FILE, "wb") as file:
+            writer = _ChunkWriter(file)
+            writer.write_object(COMMON_STATE, [common])
+            self._write_extra_states(writer)
+            for tensor in tensors(self.settings.dimensions):
+                self._write_tensor(writer, tensor, read(tensor))
+        writer.write_index(target / ".metadata")
         backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         (target / "metadata.json").write_text(json.dumps(backend))
         (folder / TRACKER).write_text("release" if released else str(self.iteration))
 
-
-class _StreamingPlanner(SavePlanner):
-    """Hands tensors to the writer when it asks for them, one after another."""
-
-    def __init__(
-        self,
-        settings: Settings,
-        dtype: torch.dtype,
-        common: dict[str, Any],
-        read: Callable[[Tensor], torch.Tensor],
-    ):
-        self._dimensions, self._dtype, self._read = settings.dimensions, dtype, read
-        self._objects = {COMMON_STATE: [common]}
-        layers = self._dimensions.num_layers
+    def _write_extra_states(self, writer: "_ChunkWriter") -> None:
+        layers = self.settings.dimensions.num_layers
         for linear in _LINEARS:
             for layer in range(layers):
-                self._objects[f"decoder.layers.{linear}._extra_state/shard_{layer}_{layers}"] = [
-                    None
-                ]
-        self._tensors: dict[tuple[str, int], Tensor] = {}
+                name = f"decoder.layers.{linear}._extra_state/shard_{layer}_{layers}"
+                writer.write_object(name, [None])
 
-    def set_up_planner(self, state_dict, storage_meta=None, is_coordinator=False) -> None:
-        """Nothing to take over: the tensors come from `read`."""
-
-    def create_local_plan(self) -> SavePlan:
-        items = [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in self._objects]
-        return SavePlan([*items, *map(self._item, tensors(self._dimensions))])
-
-    def _item(self, tensor: Tensor) -> WriteItem:
-        sizes = tensor.shape(self._dimensions)
-        offsets, full = (0,) * len(sizes), sizes
-        name = tensor.name(Format.MEGATRON)
-        if tensor.layer is not None:
+    def _write_tensor(self, writer: "_ChunkWriter", tensor: Tensor, value: torch.Tensor) -> None:
+        if tensor.layer is None:
+            writer.write_chunk(tensor.name(Format.MEGATRON), value)
+        else:
             name = tensor.row.megatron.replace("layers.{}.", "layers.")
-            offsets, sizes = (tensor.layer, *offsets), (1, *sizes)
-            full = (self._dimensions.num_layers, *full)
-        self._tensors[name, tensor.layer or 0] = tensor
-        return WriteItem(
-            MetadataIndex(name, offsets),
-            WriteItemType.SHARD,
-            tensor_data=TensorWriteData(
-                ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)),
-                TensorProperties(dtype=self._dtype),
-                torch.Size(full),
-            ),
+            writer.write_chunk(name, value, tensor.layer, self.settings.dimensions.num_layers)
+
+
+class _ChunkWriter:
+    """One data file of a torch.distributed.checkpoint and its index.
+
+    The library's own writer keeps every tensor that it has written until the end.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._state: dict[str, BytesStorageMetadata | TensorStorageMetadata] = {}
+        self._places: dict[MetadataIndex, _StorageInfo] = {}
+
+    def write_object(self, name: str, content: Any) -> None:
+        """Writes anything that torch.save takes."""
+        start = self._file.tell()
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        self._file.write(buffer.getbuffer())
+        self._state[name] = BytesStorageMetadata()
+        self._places[MetadataIndex(name)] = self._place(start)
+
+    def write_chunk(
+        self, name: str, value: torch.Tensor, layer: int | None = None, num_layers: int = 1
+    ) -> None:
+        """Writes a whole tensor, or the one of `layer` in a stack of `num_layers` such tensors."""
+        start = self._file.tell()
+        stack, at, one = ((), (), ()) if layer is None else ((num_layers,), (layer,), (1,))
+        shape = torch.Size((*one, *value.shape))
+        offsets = torch.Size((*at, *(0,) * value.dim()))
+        spec = {"chunk": TensorSpec(value.dtype, shape)}
+        with TorchWriter(self._file, spec, lambda tensors: tensors["chunk"]) as writer:
+            writer.write("chunk", [value])
+        full = TensorStorageMetadata(
+            TensorProperties(dtype=value.dtype), torch.Size((*stack, *value.shape)), []
         )
+        self._state.setdefault(name, full).chunks.append(ChunkStorageMetadata(offsets, shape))
+        self._places[MetadataIndex(name, offsets)] = self._place(start)
 
-    def create_global_plan(self, all_plans):
-        return create_default_global_save_plan(all_plans)
+    def write_index(self, path: Path) -> None:
+        """Writes `.metadata`."""
+        metadata = Metadata(self._state, storage_data=self._places, storage_meta=StorageMeta())
+        path.write_bytes(pickle.dumps(metadata))
 
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        return new_plan
-
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        index = write_item.index
-        if write_item.type is WriteItemType.BYTE_IO:
-            buffer = io.BytesIO()
-            torch.save(self._objects[index.fqn], buffer)
-            buffer.seek(0)
-            return buffer
-        layer = index.offset[0] if index.fqn.startswith("decoder.layers.") else 0
-        tensor = self._tensors[index.fqn, layer]
-        value = self._read(tensor)
-        return value if tensor.layer is None else value.unsqueeze(0)
+    def _place(self, start: int) -> _StorageInfo:
+        return _StorageInfo(DATA_FILE, start, self._file.tell() - start)
 
 
 def _arguments(
@@ -180,8 +172,9 @@ def _arguments(
         data_parallel_size=1,
         use_distributed_optimizer=False,
         dist_ckpt_optim_fully_reshardable=False,
-        no_save_optim=True,
-        no_save_rng=True,
+        # Nobody looks for the states of a release; of an iteration somebody would.
+        no_save_optim=iteration is not None,
+        no_save_rng=iteration is not None,
     )
     if iteration is None or args is None:
         # Where the data of a run stands: at its beginning.

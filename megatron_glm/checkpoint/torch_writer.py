@@ -9,9 +9,9 @@ import io
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
@@ -30,6 +30,21 @@ class TensorSpec(NamedTuple):
     @property
     def num_bytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class _Section:
+    """What is behind the present end of a file, as a file that begins there."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self._start = file, file.tell()
+        self.write, self.flush = file.write, file.flush
+
+    def tell(self) -> int:
+        return self._file.tell() - self._start
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = self._start if whence == io.SEEK_SET else 0
+        return self._file.seek(base + offset, whence) - self._start
 
 
 class _Storage(NamedTuple):
@@ -64,22 +79,31 @@ class _Pickler(pickle.Pickler):
 
 
 class TorchWriter:
-    """A torch.save file of {"module": {name: tensor}}, written in the order of `specs`.
+    """A torch.save file, written in the order of `specs`.
 
+    file: a path, or a binary file, behind whose present end the archive is put. content: makes what
+    torch.load is to return from stand-ins of the tensors; {"module": {name: tensor}} by default.
     A context manager; `write` takes the tensors one after another, each as views that follow one
     another along its first dimension. The file is readable only after a close without error.
     """
 
-    def __init__(self, path: Path, specs: dict[str, TensorSpec]):
-        self.path = path
-        self._root = path.stem
-        self._left = [(name, str(i), spec) for i, (name, spec) in enumerate(specs.items())]
-        self._left.reverse()
-        self._zip = zipfile.ZipFile(path, "w", zipfile.ZIP_STORED)
-        content = {"module": {name: _Tensor(_Storage(key, spec)) for name, key, spec in
-                              reversed(self._left)}}  # fmt: skip
+    def __init__(
+        self,
+        file: Path | BinaryIO,
+        specs: dict[str, TensorSpec],
+        content: Callable[[dict[str, Any]], Any] = lambda tensors: {"module": tensors},
+    ):
+        self._name, self._root = str(file), "archive"
+        if isinstance(file, Path):
+            self._root = file.stem
+        else:
+            file = _Section(file)
+        keys = {name: str(i) for i, name in enumerate(specs)}
+        self._left = [(name, keys[name], spec) for name, spec in reversed(specs.items())]
+        self._zip = zipfile.ZipFile(file, "w", zipfile.ZIP_STORED)
+        stand_ins = {name: _Tensor(_Storage(keys[name], spec)) for name, spec in specs.items()}
         buffer = io.BytesIO()
-        _Pickler(buffer, protocol=2).dump(content)
+        _Pickler(buffer, protocol=2).dump(content(stand_ins))
         self._zip.writestr(f"{self._root}/data.pkl", buffer.getvalue())
         self._zip.writestr(f"{self._root}/byteorder", "little")
 
@@ -87,7 +111,7 @@ class TorchWriter:
         """Writes the next tensor; ValueError if it is not the next one or of another size."""
         expected, key, spec = self._left.pop()
         if name != expected:
-            raise ValueError(f"{self.path}: {name} written where {expected} is due")
+            raise ValueError(f"{self._name}: {name} written where {expected} is due")
         entry = zipfile.ZipInfo(f"{self._root}/data/{key}")
         entry.file_size = spec.num_bytes
         # The margin with which zipfile itself decides.
@@ -114,7 +138,7 @@ class TorchWriter:
     def __exit__(self, error_type, *_) -> None:
         if error_type is None:
             if self._left:
-                raise ValueError(f"{self.path}: {self._left[-1][0]} was never written")
+                raise ValueError(f"{self._name}: {self._left[-1][0]} was never written")
             self._zip.writestr(f"{self._root}/version", "3\n")
             self._zip.close()
         else:

@@ -1,8 +1,13 @@
 """Small checkpoints of random weights, in memory and in every format."""
 
+import contextlib
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
+from transformers import dynamic_module_utils
 
 from megatron_glm.checkpoint.hugging_face_writer import ExportedTokenizer, HuggingFaceWriter
 from megatron_glm.checkpoint.megatron_writer import MegatronWriter
@@ -75,6 +80,20 @@ def write_hugging_face(
 def plan(source, fmt: Format, **options):
     """The target of a conversion of `source`, without a tokenizer."""
     return plan_target(Request(fmt, **options), source, source.settings, None)
+
+
+@contextlib.contextmanager
+def remote_code_in(folder: Path) -> Iterator[None]:
+    """transformers copies the code of exports to `folder`, not to the home of who runs the tests,
+    and forgets it afterwards."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder))
+        for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+            patch.delitem(sys.modules, name)
+        patch.syspath_prepend(str(folder))
+        yield
+        for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+            del sys.modules[name]
 
 
 def read_all(source) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from megatron_glm.checkpoint.convert import Conversion
 from megatron_glm.checkpoint.errors import (
@@ -32,6 +32,7 @@ from tests.checkpoint.building import (
     assert_same_bits,
     plan,
     read_all,
+    remote_code_in,
     write_hugging_face,
 )
 from tests.checkpoint.naive_generation import fill_greedily, next_scores
@@ -45,10 +46,7 @@ def load_model(folder, **options):
 
 @pytest.fixture(scope="module", autouse=True)
 def modules_folder(tmp_path_factory):
-    """Where transformers copies the code of an export to: not the home of who runs the tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", folder)
+    with remote_code_in(tmp_path_factory.mktemp("modules")):
         yield
 
 
@@ -138,7 +136,8 @@ def test_blanks_are_filled_one_after_another(export, model, tokenizer):
     try:
         prompt = tokenizer(PROMPTS["two blanks"], return_tensors="pt")
         ids = prompt.input_ids[0].tolist()
-        output = model.generate(**prompt, max_new_tokens=30, do_sample=False)[0, len(ids) :].tolist()
+        output = model.generate(**prompt, max_new_tokens=30, do_sample=False)
+        output = output[0, len(ids) :].tolist()
         assert output == fill_greedily(source, specials, ids[:-1], 30)
         assert output.count(specials["<sop>"]) == 1
         assert output[-1] == specials["<eop>"]
@@ -298,7 +297,8 @@ NAME = "model.layers.0.mlp.down_proj.bias"
         ("config.json", lambda c: c.update(hidden_size=32), ShapeError, "embed_tokens"),
         ("config.json", lambda c: c.update(num_hidden_layers=1), UnknownTensorError, "layers.1"),
         ("config.json", lambda c: c.update(num_hidden_layers=3), MissingTensorError, "layers.2"),
-        ("config.json", lambda c: c.update(quantization_config={}), CheckpointError, "quantization"),
+        ("config.json", lambda c: c.update(quantization_config={}), CheckpointError,
+         "quantization_config"),
         ("model.safetensors.index.json", lambda c: c["weight_map"].pop(NAME), UnknownTensorError,
          NAME),
         ("model.safetensors.index.json", lambda c: c["weight_map"].update({NAME: "../x"}),

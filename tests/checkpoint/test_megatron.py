@@ -1,4 +1,4 @@
-"""Megatron's torch_dist checkpoints: read without ranks, and written so that Megatron reads them."""
+"""Megatron's torch_dist checkpoints: read without ranks, written so that Megatron reads them."""
 
 import io
 import os

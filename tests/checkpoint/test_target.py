@@ -18,13 +18,13 @@ def quantized(bits: int = 4, scales: int = 1) -> MemorySource:
 @pytest.mark.parametrize(
     "source, fmt, options, message",
     [
-        (MemorySource(), Format.MEGATRON, {"quantization_bit_width": 8}, "--quantization-bit-width 8"),
+        (MemorySource(), Format.MEGATRON, {"quantization_bit_width": 8}, "bit-width 8: Megatron"),
         (MemorySource(), Format.MEGATRON, {"target_tp": 2}, "--target-tp 2: only SAT"),
         (MemorySource(), Format.HUGGING_FACE, {"target_tp": 2}, "--target-tp 2: only SAT"),
         (MemorySource(), Format.SAT, {"target_tp": 16}, "--target-tp 16"),
         (MemorySource(), Format.SAT, {"quantization_group_size": 8}, "only Hugging Face"),
         (MemorySource(), Format.HUGGING_FACE,
-         {"quantization_bit_width": 4, "quantization_group_size": 48}, "must divide the 64 columns"),
+         {"quantization_bit_width": 4, "quantization_group_size": 48}, "divide the 64 columns"),
         (quantized(), Format.MEGATRON, {}, "lost what training needs.*--dtype"),
         (quantized(), Format.SAT, {"quantization_bit_width": 8}, "INT4 already"),
         (quantized(), Format.SAT, {"target_tp": 2}, "cannot be merged or split"),

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, dynamic_module_utils
+from transformers import AutoTokenizer
 
 from megatron_glm.checkpoint.tokenizer_export import export_tokenizer
 from megatron_glm.data.codecs import build_codec
-from tests.checkpoint.building import MemorySource, write_hugging_face
+from tests.checkpoint.building import MemorySource, remote_code_in, write_hugging_face
 from tests.data.codecs.models import CHINESE, bpe, ice_text_model, sentence_piece
 
 KINDS = {
@@ -35,8 +35,7 @@ def pair(request, tmp_path_factory):
         model.write_bytes(ice_text_model() if kind == "IceTokenizer" else sentence_piece())
     codec = build_codec(kind, model, scheme)
     write_hugging_face(folder / "hf", MemorySource(), export_tokenizer(codec))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder / "modules"))
+    with remote_code_in(folder / "modules"):
         yield codec, AutoTokenizer.from_pretrained(
             folder / "hf", trust_remote_code=True, local_files_only=True
         )

@@ -9,7 +9,7 @@ from megatron_glm.checkpoint.convert import Conversion
 from megatron_glm.checkpoint.formats import open_checkpoint
 from megatron_glm.checkpoint.table import Format
 from megatron_glm.checkpoint.target import Request, plan_target
-from tests.checkpoint.building import assert_same_bits, read_all
+from tests.checkpoint.building import assert_same_bits, read_all, remote_code_in
 from tests.ranks import run_ranks
 from tests.training.corpus import make_corpus
 from tests.training.pretraining import TINY, pretrain
@@ -62,16 +62,17 @@ def exports(run, tmp_path_factory) -> dict[Format, Path]:
     }
 
 
-def verify_on_one_rank(*arguments: str) -> int:
-    return verified(*arguments)
+def verify_on_one_rank(modules: Path, *arguments: str) -> int:
+    with remote_code_in(modules):
+        return verified(*arguments)
 
 
 @pytest.mark.parametrize("fmt", [Format.SAT, Format.HUGGING_FACE])
-def test_exports_have_the_logits_of_the_run(run, exports, fmt):
+def test_exports_have_the_logits_of_the_run(run, exports, fmt, tmp_path):
     # A SAT file does not say how its weights were trained.
     angles = ["--rotary-angle-dtype", "fp32"]
     status = run_ranks(
-        verify_on_one_rank, "--load", str(run), "--against", str(exports[fmt]), *angles,
+        verify_on_one_rank, tmp_path, "--load", str(run), "--against", str(exports[fmt]), *angles,
         world_size=1, initialize=False,
     )  # fmt: skip
     assert status == [0]

@@ -146,11 +146,11 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(tmp_path, capsys, m
 
 
 class LargeSource(MemorySource):
-    """0.6 GB of fp16 weights that take no time to make."""
+    """0.4 GB of fp16 weights that take no time to make."""
 
     def __init__(self):
         super().__init__()
-        dimensions = Dimensions(24, 1024, 2816, 16, 4096)
+        dimensions = Dimensions(16, 1024, 2816, 16, 4096)
         self.settings = self.settings.with_overrides(dimensions=dimensions)
         self.pattern = torch.randn(1 << 20).half()
 
@@ -191,7 +191,7 @@ def test_the_announced_memory_is_kept_by_a_checkpoint_that_is_larger(large, tmp_
     measured = float(re.findall(r"peak memory: ([\d.]+) GB", result.stdout)[-1])
     assert measured <= announced
     # All of it together would not have fitted into what was announced for weights and buffers.
-    assert read > 1.5 * (largest + convert_checkpoint.WORKING_BYTES / 1e9)
+    assert read > 1.3 * (largest + convert_checkpoint.WORKING_BYTES / 1e9)
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.1, 0.4])

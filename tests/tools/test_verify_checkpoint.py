@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from transformers import dynamic_module_utils
 
 from tests.checkpoint.building import (
     GOLDEN,
     GOLDEN_SAT,
     MemorySource,
+    remote_code_in,
     write_hugging_face,
     write_megatron,
     write_sat,
@@ -53,8 +53,13 @@ def test_two_checkpoints_are_compared_on_packs_of_their_own(tmp_path, capsys, ch
     assert ("NOT all cases" in capsys.readouterr().out) == bool(change)
 
 
-def test_hugging_face_code_is_run_only_if_it_is_ours(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+@pytest.fixture
+def modules_folder(tmp_path):
+    with remote_code_in(tmp_path / "modules"):
+        yield
+
+
+def test_hugging_face_code_is_run_only_if_it_is_ours(tmp_path, capsys, modules_folder):
     source = MemorySource(dtype=torch.float32)
     write_sat(tmp_path / "a", source)
     folder = write_hugging_face(tmp_path / "b", source)
