@@ -67,10 +67,12 @@ def forward(
     position_ids: torch.Tensor,
     samples: torch.Tensor,
     rotary_angle_dtype: str,
+    observe: Callable[[str, torch.Tensor], None] = lambda name, inputs: None,
 ) -> torch.Tensor:
     """Logits fp32 [b, s, v] of packs of samples, in fp32 arithmetic whatever the weights' type.
 
-    tokens, position_ids: int64 [b, s]; samples: see `prefix_mask`.
+    tokens, position_ids: int64 [b, s]; samples: see `prefix_mask`. observe: is shown the inputs
+    [b, s, columns] of each linear weight, by name.
     """
 
     def layer_norm(x: torch.Tensor, name: str) -> torch.Tensor:
@@ -78,6 +80,7 @@ def forward(
         return F.layer_norm(x, x.shape[-1:], weight, bias, LAYERNORM_EPSILON)
 
     def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        observe(f"{name}.weight", x)
         return F.linear(x, read(f"{name}.weight").float(), read(f"{name}.bias").float())
 
     n = dimensions.num_attention_heads
