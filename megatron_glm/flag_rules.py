@@ -120,8 +120,8 @@ def check_flags(args: Namespace) -> None:
     for module in args.recompute_modules or ():
         if module in RECOMPUTE_REFUSED:
             raise FlagError(
-                f"--recompute-modules {module}: {RECOMPUTE_REFUSED[module]}; use core_attn or mlp, or "
-                "--recompute-granularity full"
+                f"--recompute-modules {module}: {RECOMPUTE_REFUSED[module]}; use core_attn or mlp, "
+                "or --recompute-granularity full"
             )
     if args.glm_attention_backend not in ("auto", *BACKENDS):
         raise FlagError(
