@@ -129,7 +129,7 @@ def texts(args: argparse.Namespace) -> Iterator[list[str]]:
         yield args.prompt
     elif args.input:
         try:
-            yield [line for line in args.input.read_text().splitlines() if line.strip()]
+            yield [line for line in args.input.read_text().split("\n") if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise GLMError(f"--input {args.input}: cannot be read ({error})") from None
     elif not sys.stdin.isatty():

@@ -164,7 +164,7 @@ class BlankCodec:
 
     @staticmethod
     def join(prompt: Prompt, fills: Sequence[str], marks: tuple[str, str] = ("", "")) -> str:
-        """The text with its blanks filled, each between `marks`; a mask that was not filled stays."""
+        """The text with its blanks filled, each between `marks`; a mask without a fill stays."""
         parts = []
         for i, blank in enumerate(prompt.blanks):
             text = prompt.texts[i]

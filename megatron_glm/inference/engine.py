@@ -80,6 +80,11 @@ class Layer:
         self.fc1 = weights.linear(f"{name}.mlp.linear_fc1")
         self.fc2 = weights.linear(f"{name}.mlp.linear_fc2", own_bias)
 
+    @property
+    def num_weight_bytes(self) -> int:
+        """Memory of the linear layers' weights."""
+        return sum(part.num_bytes for part in (self.qkv, self.proj, self.fc1, self.fc2))
+
     def __call__(
         self, x: torch.Tensor, head_dim: int, tables: torch.Tensor, attend: Callable
     ) -> torch.Tensor:
@@ -110,9 +115,10 @@ class Engine:
             self.head_dim, settings.rotary_angle_dtype, settings.seq_length, weights.device
         )
         alpha = math.sqrt(2 * dimensions.num_layers)
-        self._layers = [
+        self.layers = [
             Layer(weights, number, alpha, layout) for number in layout.layers(dimensions.num_layers)
         ]
+        self._embedding = None
         if layout.is_first_stage or layout.is_last_stage:
             self._embedding = weights("embedding.word_embeddings.weight")
         if layout.is_last_stage:
@@ -121,7 +127,13 @@ class Engine:
 
     def new_cache(self) -> KVCache:
         """A cache without rows for this rank's layers and heads."""
-        return KVCache(len(self._layers), self.num_heads, self.head_dim, self.dtype, self.device)
+        return KVCache(len(self.layers), self.num_heads, self.head_dim, self.dtype, self.device)
+
+    @property
+    def num_weight_bytes(self) -> int:
+        """Memory of this rank's weights, scales included."""
+        embedding = 0 if self._embedding is None else self._embedding.nbytes
+        return embedding + sum(layer.num_weight_bytes for layer in self.layers)
 
     @torch.inference_mode()
     def prefill(self, contexts: Sequence[Sequence[int]]) -> None:
@@ -181,7 +193,7 @@ class Engine:
         else:
             shape = (len(tokens), self.settings.dimensions.hidden_size)
             x = self.layout.receive(torch.empty(shape, dtype=self.dtype, device=self.device))
-        for number, layer in enumerate(self._layers):
+        for number, layer in enumerate(self.layers):
             x = layer(x, self.head_dim, tables, partial(attend, number))
         if not self.layout.is_last_stage:
             self.layout.send(x)

@@ -15,7 +15,12 @@ class KVCache:
     STEP = 128
 
     def __init__(
-        self, num_layers: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+        self,
+        num_layers: int,
+        num_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ):
         self.lengths: list[int] = []
         self._store = torch.empty(

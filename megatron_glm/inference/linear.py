@@ -6,7 +6,6 @@ dequantised and multiplied as a plain one.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -98,7 +97,7 @@ class Int8Linear(QuantizedLinear):
         super().__init__(scales, bias)
         # In fp32 and fp16 the CPU's kernel is scalar, that of CUDA knows fp32 only.
         if codes.device.type == "cpu" and scales.dtype == torch.bfloat16:
-            self.max_packed_rows = 96
+            self.max_packed_rows = 32
         self._groups = [part.contiguous() for part in codes.chunk(scales.shape[1], dim=1)]
 
     def codes(self, rows: slice) -> torch.Tensor:
@@ -146,7 +145,7 @@ class PackedInt4Linear(QuantizedLinear):
         super().__init__(scales, bias)
         num_rows, num_columns = codes.shape
         self._on_cpu = codes.device.type == "cpu"
-        self.max_packed_rows = 96 if self._on_cpu else 32
+        self.max_packed_rows = 64 if self._on_cpu else 32
         self.row_multiple, self._column_multiple = _tile_shape(codes.device.type)
         self._group_size = _group_size(num_columns // scales.shape[1])
         self._num_columns = num_columns
@@ -179,10 +178,12 @@ class PackedInt4Linear(QuantizedLinear):
         size = tiles[0] * tiles[1]
         stored = self._store.view(torch.uint8).view(-1, self._num_columns // tiles[1], size // 2)
         stored = stored[rows.start // tiles[0] : -(-rows.stop // tiles[0])]
-        nibbles = torch.stack((stored & 15, stored >> 4), dim=-1).flatten(2)
+        nibbles = torch.cat((stored & 15, stored >> 4), dim=-1)
         order = _tile_order(self._store.device)
-        codes = nibbles[..., order].unflatten(-1, tiles).transpose(1, 2)
-        return codes.reshape(-1, self._num_columns).view(torch.int8) - 8
+        if order is not None:
+            nibbles = nibbles[..., order]
+        codes = nibbles.unflatten(-1, tiles).transpose(1, 2)
+        return codes.reshape(-1, self._num_columns).view(torch.int8).sub_(8)
 
     def _packed(self, x: torch.Tensor) -> torch.Tensor:
         kernel = torch._weight_int4pack_mm_for_cpu if self._on_cpu else torch._weight_int4pack_mm
@@ -227,19 +228,21 @@ def _tile_shape(device_type: str) -> tuple[int, int]:
 
 
 @cache
-def _tile_order(device: torch.device) -> torch.Tensor:
-    """For each element of a tile, which of the tile's nibbles holds it.
+def _tile_order(device: torch.device) -> torch.Tensor | None:
+    """For each element of a tile, which of the tile's nibbles holds it, counting all low nibbles
+    first and then all high ones; None where that is the order of the elements.
 
     The order depends on the kernel and, on a CPU, on its instructions, so it is found by packing
     each element's own number, four bits at a time.
     """
     rows, columns = _tile_shape(device.type)
+    size = rows * columns
     # The CPU's kernel packs no fewer columns than a group.
-    repeats = max(32 // columns, 1)
-    numbers = torch.arange(rows * columns, device=device).view(rows, columns).repeat(1, repeats)
-    found = torch.zeros(rows * columns, dtype=torch.int64, device=device)
-    for shift in range(0, (rows * columns - 1).bit_length(), 4):
-        packed = _pack(((numbers >> shift) % 16 - 8).to(torch.int8)).view(torch.uint8).flatten()
-        packed = packed[: rows * columns // 2]
-        found += torch.stack((packed & 15, packed >> 4), dim=-1).flatten().long() << shift
-    return found.argsort()
+    numbers = torch.arange(size, device=device).view(rows, columns).repeat(1, -(-32 // columns))
+    found = torch.zeros(size, dtype=torch.int64, device=device)
+    for shift in range(0, (size - 1).bit_length(), 4):
+        digits = ((numbers >> shift) % 16 - 8).to(torch.int8)
+        packed = _pack(digits).view(torch.uint8).flatten()[: size // 2]
+        found += torch.cat((packed & 15, packed >> 4)).long() << shift
+    order = found.argsort()
+    return None if torch.equal(order, torch.arange(size, device=device)) else order

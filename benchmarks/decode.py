@@ -1,0 +1,227 @@
+"""Times prefill and decode by the form of the weights: `python -m benchmarks.decode`.
+
+For each form (fp16, bf16, INT8, INT4) and batch: milliseconds of reading the contexts and of one
+step, tokens a second, the speed of a step against bf16's, and what a step reads (weights and
+cache) as a share of the memory bandwidth that a copy reaches. Weights are random; forms take turns,
+so that whatever else the machine does falls on all of them. Prints the table and writes a record;
+--plot draws it.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks.records import RESULTS, print_table, write_record
+from megatron_glm.checkpoint.quantization import QuantizedWeight, largest_code
+from megatron_glm.checkpoint.settings import Settings
+from megatron_glm.checkpoint.table import Dimensions, Tensor
+from megatron_glm.inference.engine import Engine
+from megatron_glm.inference.layout import Layout
+from megatron_glm.inference.weights import Weights
+
+# Type of the arithmetic, and bits of quantised weights.
+FORMS = {
+    "fp32": (torch.float32, None),
+    "fp16": (torch.float16, None),
+    "bf16": (torch.bfloat16, None),
+    "int8": (torch.bfloat16, 8),
+    "int4": (torch.bfloat16, 4),
+}
+YARDSTICK = "bf16"
+SHAPES = {
+    "cpu": {"num_layers": 4, "context": 64, "batches": [1, 8], "steps": 5},
+    "cuda": {"num_layers": 12, "context": 1024, "batches": [1, 8, 32], "steps": 50},
+}
+
+
+class RandomSource:
+    """A checkpoint of random weights, codes where `bits` says so, made as it is read."""
+
+    directory = Path("random")
+
+    def __init__(self, dimensions: Dimensions, bits: int | None, seq_length: int):
+        self.settings = Settings(dimensions, "fp32", True, seq_length)
+        self.dtype, self.bits = torch.float16, bits
+        # Its length is odd, so that no two rows of a weight are the same.
+        self._noise = torch.randn((1 << 20) + 7, generator=torch.Generator().manual_seed(0))
+
+    def read(self, tensor: Tensor) -> torch.Tensor | QuantizedWeight:
+        shape = tensor.shape(self.settings.dimensions)
+        count = torch.Size(shape).numel()
+        if self.bits and tensor.row.quantizable:
+            largest = largest_code(self.bits)
+            codes = (self._noise * largest / 3).round().clamp(-largest, largest).to(torch.int8)
+            scales = torch.full((shape[0], 1), 0.06 / largest, dtype=torch.float16)
+            return QuantizedWeight(_tiled(codes, count).view(shape), scales, self.bits)
+        return _tiled((self._noise * 0.02).half(), count).view(shape)
+
+
+def _tiled(values: torch.Tensor, count: int) -> torch.Tensor:
+    return values.repeat(-(-count // len(values)))[:count]
+
+
+def make_engine(arguments: argparse.Namespace, form: str) -> Engine:
+    dtype, bits = FORMS[form]
+    dimensions = Dimensions(
+        arguments.num_layers, arguments.hidden_size, arguments.ffn_hidden_size,
+        arguments.num_attention_heads, arguments.vocab_size,
+    )
+    source = RandomSource(dimensions, bits, arguments.context + arguments.steps + 8)
+    weights = Weights(source, Layout(), torch.device(arguments.device), dtype)
+    return Engine(source.settings, weights, Layout())
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a call."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second, read and written, of a copy that no cache holds."""
+    source = torch.ones(1 << (28 if device.type == "cpu" else 31), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / min(timed(lambda: target.copy_(source), device) for _ in range(7))
+
+
+def bytes_of_a_step(engine: Engine, batch: int, length: int) -> int:
+    """What a step has to read: every weight, and keys and values of `length` tokens a row."""
+    cache = 2 * batch * length * engine.num_heads * engine.head_dim * engine.dtype.itemsize
+    return engine.num_weight_bytes + len(engine.layers) * cache
+
+
+class Measurement:
+    """Least seconds of prefill and step of one form and batch."""
+
+    def __init__(self, engine: Engine, batch: int, context: int, steps: int):
+        self.engine, self.batch, self.steps = engine, batch, steps
+        vocab_size = engine.settings.dimensions.vocab_size
+        self._contexts = torch.randint(vocab_size, (batch, context)).tolist()
+        self.prefill_s = self.step_s = float("inf")
+
+    def take(self, has_prefill: bool) -> None:
+        """Measures once more."""
+        engine, batch = self.engine, self.batch
+        length = len(self._contexts[0])
+        engine.cache = engine.new_cache()
+        if has_prefill:
+            seconds = timed(lambda: engine.prefill(self._contexts), engine.device)
+            self.prefill_s = min(self.prefill_s, seconds)
+        else:
+            # Zeros: a step takes the same time whatever the cache holds.
+            engine.cache.add_rows([length] * batch)
+        for step in range(self.steps):
+            positions = [length + step] * batch
+            seconds = timed(lambda at=positions: engine.decode([1] * batch, at), engine.device)
+            self.step_s = min(self.step_s, seconds)
+
+    def row(self, form: str, bandwidth: float, yardstick: "Measurement | None") -> dict:
+        length = len(self._contexts[0])
+        num_bytes = bytes_of_a_step(self.engine, self.batch, length)
+        row = {
+            "form": form,
+            "batch": self.batch,
+            "weights_gib": self.engine.num_weight_bytes / 2**30,
+            "prefill_ms": self.prefill_s * 1e3,
+            "prefill_tokens_per_s": self.batch * length / self.prefill_s,
+            "step_ms": self.step_s * 1e3,
+            "tokens_per_s": self.batch / self.step_s,
+            "read_gb_per_s": num_bytes / self.step_s / 1e9,
+            "of_copy_bandwidth": num_bytes / self.step_s / bandwidth,
+        }
+        if yardstick is not None:
+            row["speed_of_bf16"] = yardstick.step_s / self.step_s
+        return row
+
+
+def run(arguments: argparse.Namespace) -> Iterator[dict]:
+    """One row for each batch and form."""
+    bandwidth = copy_bandwidth(torch.device(arguments.device))
+    engines = {form: make_engine(arguments, form) for form in arguments.forms}
+    for batch in arguments.batches:
+        measured = {
+            form: Measurement(engine, batch, arguments.context, arguments.steps)
+            for form, engine in engines.items()
+        }
+        for number in range(arguments.rounds):
+            for measurement in measured.values():
+                measurement.take(has_prefill=number < arguments.prefill_rounds)
+        for form, measurement in measured.items():
+            yield measurement.row(form, bandwidth, measured.get(YARDSTICK))
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Bars of tokens a second of decode by form, one group a batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    batches = sorted({row["batch"] for row in rows})
+    forms = list(dict.fromkeys(row["form"] for row in rows))
+    figure, axes = plt.subplots(figsize=(2 + 1.5 * len(batches), 4), layout="constrained")
+    width = 0.8 / len(forms)
+    for index, form in enumerate(forms):
+        speeds = [row["tokens_per_s"] for row in rows if row["form"] == form]
+        axes.bar([at + index * width for at in range(len(batches))], speeds, width, label=form)
+    axes.set_xticks([at + 0.4 for at in range(len(batches))], [f"batch {b}" for b in batches])
+    axes.set_yscale("log")
+    axes.set_ylabel("tokens a second")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags; layers, context, batches and steps default to what suits the device."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--forms", nargs="+", choices=FORMS)
+    add("--num-layers", type=int)
+    add("--hidden-size", type=int, default=4096)
+    add("--ffn-hidden-size", type=int, default=10880)
+    add("--num-attention-heads", type=int, default=32)
+    add("--vocab-size", type=int, default=50304)
+    add("--context", type=int, help="tokens of each context")
+    add("--batches", type=int, nargs="+")
+    add("--steps", type=int, help="steps of a round")
+    add("--rounds", type=int, default=3, help="turns of each form; the least time of all counts")
+    add("--prefill-rounds", type=int, default=2, help="turns in which contexts are read")
+    add("--plot", action="store_true", help="draw a PNG beside the record")
+    add("--results", type=Path, default=RESULTS, help="folder of the record")
+    arguments = parser.parse_args(argv)
+    kind = torch.device(arguments.device).type
+    for name, value in SHAPES[kind].items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    others = ["bf16", "int8", "int4"]
+    arguments.forms = arguments.forms or (others if kind == "cpu" else ["fp16", *others])
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print the table, write the record and, if asked, the plot."""
+    arguments = parse(argv)
+    rows = []
+    for row in run(arguments):
+        rows.append(row)
+        print(*row.values(), flush=True)
+    print_table(rows)
+    settings = {k: v for k, v in vars(arguments).items() if k not in ("results", "plot")}
+    record = write_record("decode", settings, rows, arguments.results)
+    print(f"record: {record.name}")
+    if arguments.plot:
+        plot(rows, record.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
