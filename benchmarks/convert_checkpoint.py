@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,7 +124,7 @@ def main() -> None:
             rows.append({"result": label} | measure(command, size))
             shutil.rmtree(folder / "result")
     print_table(rows)
-    settings = {"bytes": size, **vars(dimensions), "load_average": os.getloadavg()[0]}
+    settings = {"bytes": size, **asdict(dimensions), "load_average": os.getloadavg()[0]}
     print(f"record: {write_record('convert_checkpoint', settings, rows)}")
 
 

@@ -11,6 +11,7 @@ a scale a row, as the released GLM-130B; a group has one for so many columns.
 
 import argparse
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,7 +124,7 @@ def main() -> None:
                 label = f"INT{bits}, " + (f"groups of {group_size}" if group_size else "row")
                 rows.append(model.row(label, bits, group_size))
     print_table(rows)
-    settings = {"sequences": args.sequences, **vars(source.settings.dimensions),
+    settings = {"sequences": args.sequences, **asdict(source.settings.dimensions),
                 "iteration": source.iteration}  # fmt: skip
     print(f"record: {write_record('quantization', settings, rows)}")
 
