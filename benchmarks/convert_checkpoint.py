@@ -96,7 +96,7 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
-    parser.add_argument("--copies", type=int, default=2, help="times to measure a plain copy")
+    parser.add_argument("--targets", nargs="*", choices=TARGETS, default=list(TARGETS))
     args = parser.parse_args()
     dimensions = Dimensions(args.layers, 4096, 10880, 64, 150528)
     rows = []
@@ -113,15 +113,14 @@ def main() -> None:
             "import sys; from pathlib import Path; sys.path[:0] = ['.'];"
             "from benchmarks.convert_checkpoint import copy; copy(*map(Path, sys.argv[1:]))",
         ]
-        commands = {f"copy {i + 1}": plain for i in range(args.copies)}
-        for label, command in commands.items():
-            measured = measure([*command, str(folder / "sat"), str(folder / "copy")], size)
-            rows.append({"result": label} | measured)
-            shutil.rmtree(folder / "copy")
-        for label, flags in TARGETS.items():
-            command = [sys.executable, str(TOOL), "--from", "sat", *flags,
-                       "--load", str(folder / "sat"), "--save", str(folder / "result")]  # fmt: skip
+        for label in ["copy", *args.targets, "copy again"]:
+            if label in TARGETS:
+                command = [sys.executable, str(TOOL), "--from", "sat", *TARGETS[label],
+                           "--load", str(folder / "sat"), "--save", str(folder / "result")]
+            else:
+                command = [*plain, str(folder / "sat"), str(folder / "result")]
             rows.append({"result": label} | measure(command, size))
+            print(rows[-1], flush=True)
             shutil.rmtree(folder / "result")
     print_table(rows)
     settings = {"bytes": size, **asdict(dimensions), "load_average": os.getloadavg()[0]}

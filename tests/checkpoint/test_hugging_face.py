@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -225,6 +226,24 @@ def test_an_export_stands_alone_and_offline(export, model, tokenizer, tmp_path):
     assert result.returncode == 0, result.stderr
     expected = model.generate(**tokenizer("abc [MASK] d", return_tensors="pt"), max_new_tokens=6)
     assert json.loads(result.stdout) == expected.tolist()
+
+
+REGISTERED = """
+import sys
+from megatron_glm.checkpoint.hugging_face_model import register
+from transformers import AutoModelForCausalLM, AutoTokenizer
+register()
+for kind in (AutoModelForCausalLM, AutoTokenizer):
+    assert type(kind.from_pretrained(sys.argv[1])).__module__.startswith("megatron_glm.")
+"""
+
+
+def test_registered_classes_need_no_trust(export):
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", REGISTERED, str(export[0])],
+        capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=200,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("bits", [8, 4])
