@@ -41,7 +41,7 @@ from megatron_glm.data.tokenizer import (  # noqa: E402
 )
 from megatron_glm.errors import GLMError  # noqa: E402
 from megatron_glm.inference.generation import Filler, run  # noqa: E402
-from megatron_glm.inference.layout import Layout, default_device, start_processes  # noqa: E402
+from megatron_glm.inference.layout import Layout, default_device, process_group  # noqa: E402
 from megatron_glm.inference.loading import load_filler  # noqa: E402
 from megatron_glm.inference.search import Search, SearchConfig  # noqa: E402
 from megatron_glm.inference.service import Service, follow  # noqa: E402
@@ -186,7 +186,11 @@ def serve(args: argparse.Namespace, filler: Filler, layout: Layout) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     device = default_device()
-    start_processes(device)
+    with process_group(device):
+        run_tool(args, device)
+
+
+def run_tool(args: argparse.Namespace, device: torch.device) -> None:
     layout = Layout.create(args.tensor_model_parallel_size, args.pipeline_model_parallel_size)
     filler = load(args, layout, device)
     if args.serve:
@@ -205,6 +209,8 @@ def main(arguments: list[str] | None = None) -> None:
     except GLMError as error:
         print(f"generate.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

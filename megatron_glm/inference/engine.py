@@ -21,6 +21,8 @@ from megatron_glm.inference.layout import Layout
 from megatron_glm.inference.weights import Weights
 from megatron_glm.model.rotary import rotary_angles
 
+# Tokens that are read at a time, for activations to stay small beside the weights.
+PREFILL_TOKENS = 8192
 _ANGLE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -139,9 +141,18 @@ class Engine:
     def prefill(self, contexts: Sequence[Sequence[int]]) -> None:
         """Reads contexts, each into a new row behind the others; position i is token i's.
 
-        Contexts travel end to end without padding. Their logits are nobody's: what fills a blank
-        begins with `sop`, the first step of `decode`.
+        Contexts travel end to end without padding, `PREFILL_TOKENS` or one context at a time.
+        Their logits are nobody's: what fills a blank begins with `sop`, the first step of `decode`.
         """
+        start, size = 0, 0
+        for end, context in enumerate(contexts):
+            if size and size + len(context) > PREFILL_TOKENS:
+                self._prefill(contexts[start:end])
+                start, size = end, 0
+            size += len(context)
+        self._prefill(contexts[start:])
+
+    def _prefill(self, contexts: Sequence[Sequence[int]]) -> None:
         lengths = [len(context) for context in contexts]
         first_row = self.cache.num_rows
         self.cache.add_rows(lengths)

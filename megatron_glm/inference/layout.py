@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,10 +133,19 @@ def _next(iterator: Iterator[Any]) -> tuple[str, Any]:
         return "error", error
 
 
-def start_processes(device: torch.device) -> None:
-    """Joins the process group that torchrun has described, if it has."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Joins the process group that torchrun has described, if it has, and leaves it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+        # One that leaves early breaks a collective in which others still are.
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
 
 
 def default_device() -> torch.device:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from megatron_glm.checkpoint.quantization import quantize
 from megatron_glm.checkpoint.reference import forward
 from megatron_glm.inference import engine as engine_module
-from megatron_glm.inference.layout import Layout, start_processes
+from megatron_glm.inference.layout import Layout, process_group
 from tests.checkpoint.building import MemorySource
 from tests.inference.building import CPU, golden_difference, make_engine
 from tests.ranks import run_ranks
@@ -21,9 +21,9 @@ def test_golden_logits(angles):
 
 
 def golden_on_a_rank(tp_size, pp_size):
-    start_processes(CPU)
-    layout = Layout.create(tp_size, pp_size)
-    return [golden_difference(angles, layout) for angles in ("fp32", "fp16")]
+    with process_group(CPU):
+        layout = Layout.create(tp_size, pp_size)
+        return [golden_difference(angles, layout) for angles in ("fp32", "fp16")]
 
 
 @pytest.mark.ranks
@@ -93,6 +93,17 @@ def test_rows_of_a_batch_are_what_they_are_alone(source):
         for i, token in enumerate(tokens):
             logits = alone.decode([token], [len(context) + i])
         torch.testing.assert_close(together[row], logits[0], atol=1e-5, rtol=0)
+
+
+def test_contexts_are_read_in_packs_of_limited_length(source, monkeypatch):
+    contexts = [[1, 2, 3], [4, 5], list(range(9)), [6], [7, 8]]
+    results = []
+    for limit in (10**6, 5):
+        monkeypatch.setattr(engine_module, "PREFILL_TOKENS", limit)
+        engine = make_engine(source)
+        engine.prefill(contexts)
+        results.append(engine.decode([1] * 5, [len(context) for context in contexts]))
+    torch.testing.assert_close(*results, atol=1e-5, rtol=0)
 
 
 def test_prefill_has_no_mask(source, monkeypatch):

@@ -4,9 +4,11 @@ import threading
 
 import pytest
 
+from megatron_glm.data.tokenizer import build_tokenizer
 from megatron_glm.errors import GLMError
-from megatron_glm.inference.generation import run
-from megatron_glm.inference.layout import Layout, start_processes
+from megatron_glm.inference.blanks import BlankCodec
+from megatron_glm.inference.generation import Filler, run
+from megatron_glm.inference.layout import Layout, process_group
 from megatron_glm.inference.search import SearchConfig
 from megatron_glm.inference.service import OverloadedError, Service, StoppedError, follow
 from tests.inference.building import CPU, lively_source, make_engine, make_filler
@@ -159,25 +161,23 @@ def test_a_fault_of_the_engine_reaches_everyone(filler, service, monkeypatch):
 
 def serve_on_a_rank(tokenizer_file):
     """The driver answers, the other rank follows."""
-    from megatron_glm.data.tokenizer import build_tokenizer
-    from megatron_glm.inference.blanks import BlankCodec
-    from megatron_glm.inference.generation import Filler
-
-    start_processes(CPU)
-    layout = Layout.create(2, 1)
     tokenizer = build_tokenizer("HuggingFaceTokenizer", tokenizer_file)
     source = lively_source(tokenizer._tokenizer.specials, 0.2)
-    filler = Filler(make_engine(source, layout), BlankCodec(tokenizer))
-    if not layout.is_driver:
+    with process_group(CPU):
+        layout = Layout.create(2, 1)
+        filler = Filler(make_engine(source, layout), BlankCodec(tokenizer))
+        if layout.is_driver:
+            return answers(Service(filler, layout, max_rows=4, max_waiting=100))
         follow(filler, layout, (), lambda running: None)
-        return None
-    service = Service(filler, layout, max_rows=4, max_waiting=100)
+
+
+def answers(service):
     service.start()
     waiters = []
     for text in TEXTS:
         for config in CONFIGS:
             waiters.append(Waiter())
-            service.submit(filler.codec.encode(text), config, waiters[-1])
+            service.submit(service.filler.codec.encode(text), config, waiters[-1])
     results = [waiter.result() for waiter in waiters]
     service.stop()
     assert service.error is None

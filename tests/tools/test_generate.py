@@ -4,7 +4,11 @@ import contextlib
 import io
 import json
 import shutil
+import signal
+import subprocess
+import sys
 
+import httpx
 import pytest
 import torch
 
@@ -137,6 +141,22 @@ def test_two_ranks_print_what_one_does_and_once(folder, output, flag):
     assert printed == [output(*arguments), []]
 
 
+def test_the_server_answers_until_it_is_interrupted(folder):
+    command = [sys.executable, generate.__file__, *flags(folder), "--serve", "--port", "0"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            address = process.stdout.readline().split()[-1]
+            answer = httpx.post(f"{address}/generate", json={"prompt": PROMPTS[0]}, timeout=60)
+            assert answer.json()["text"].startswith("the")
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 130
+            assert "Traceback" not in process.stderr.read()
+        finally:
+            process.kill()
+
+
 def fails(capsys, *arguments):
     with pytest.raises(SystemExit) as raised:
         generate.main(list(arguments))
@@ -165,7 +185,7 @@ def test_another_tokenizer_is_refused(folder, tmp_path, capsys):
         (["--prompt", "a", "--tensor-model-parallel-size", "2"], "torchrun --nproc-per-node 2"),
         (["--prompt", "a", "--format", "sat"], "latest"),
     ],
-    ids=str,
+    ids=["two kinds", "search", "length", "input", "processes", "format"],
 )
 def test_what_a_user_can_get_wrong_is_said_in_one_line(folder, capsys, more, message):
     assert message in fails(capsys, *flags(folder), *more)
