@@ -28,7 +28,7 @@ def draw(train: dict, valid: dict, baseline: dict[str, float], output: Path) -> 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for index, name in enumerate(names):
         color = f"C{index}"
-        axes.plot(*_points(train[name]), color=color, alpha=0.5, label=f"{name}, training")
+        axes.plot(*_points(whole_reports(train[name])), color=color, alpha=0.5, label=f"{name}, training")
         if valid.get(name):
             axes.plot(*_points(valid[name]), color=color, marker="o", label=f"{name}, held out")
         if name in baseline:
@@ -41,6 +41,19 @@ def draw(train: dict, valid: dict, baseline: dict[str, float], output: Path) -> 
     axes.legend()
     figure.savefig(output, dpi=120)
     plt.close(figure)
+
+
+def whole_reports(curve: dict[int, float]) -> dict[int, float]:
+    """A curve without the reports of single steps that a resumed run begins with: beside means
+    over a log interval they look like jumps."""
+    steps = list(curve)
+    gaps = [later - step for step, later in zip(steps, steps[1:], strict=False)]
+    usual = sorted(gaps)[len(gaps) // 2] if gaps else 0
+    return {
+        step: curve[step]
+        for index, step in enumerate(steps)
+        if index == 0 or 2 * gaps[index - 1] >= usual
+    }
 
 
 def _points(curve: dict[int, float]) -> tuple[list[int], list[float]]:

@@ -41,6 +41,11 @@ def test_each_objective_has_its_curves_and_its_level_line(monkeypatch, tmp_path)
     }
 
 
+def test_the_single_step_after_a_resumption_is_no_point():
+    curve = {1: 8.0, 10: 7.0, 20: 6.0, 21: 9.0, 30: 5.0, 40: 4.0}
+    assert list(plot_losses.whole_reports(curve)) == [1, 10, 20, 30, 40]
+
+
 def test_the_command_writes_a_picture(log, tmp_path):
     baseline = tmp_path / "baseline.json"
     baseline.write_text(json.dumps({"[MASK]": 6.0, "[gMASK]": 4.5}))
