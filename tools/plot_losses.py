@@ -28,7 +28,8 @@ def draw(train: dict, valid: dict, baseline: dict[str, float], output: Path) -> 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for index, name in enumerate(names):
         color = f"C{index}"
-        axes.plot(*_points(whole_reports(train[name])), color=color, alpha=0.5, label=f"{name}, training")
+        curve = whole_reports(train[name])
+        axes.plot(*_points(curve), color=color, alpha=0.5, label=f"{name}, training")
         if valid.get(name):
             axes.plot(*_points(valid[name]), color=color, marker="o", label=f"{name}, held out")
         if name in baseline:
