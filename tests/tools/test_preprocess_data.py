@@ -1,101 +1,27 @@
-"""From files of text to indexed datasets: complete, in order, restartable."""
+"""From files of text to indexed datasets: complete, in order, and nothing bad in silence."""
 
-import gzip
 import json
-import os
-import random
-import shutil
-import signal
-import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-import zstandard
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from megatron_glm.data.codecs import build_codec
-from megatron_glm.data.indexed import check_indexed_dataset
-from tests.data.codecs.models import bpe, python_sources
-from tests.tools import forked
 from tests.tools.faults import (
-    die_at_call,
-    encode_slowly,
-    fill_the_disk,
-    use_small_blocks,
     use_small_documents,
 )
-
-TOOL = "tools.preprocess_data"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "tokenizer.json"
-    bpe().save(str(path))
-    return path
-
-
-@pytest.fixture(scope="module")
-def codec(model):
-    return build_codec("HuggingFaceTokenizer", model)
-
-
-@pytest.fixture(scope="module")
-def texts():
-    """400 documents of 1 to 800 characters, some of them not ASCII."""
-    rng = random.Random(0)
-    source = "\n".join(python_sources(8)) + "中文文本。" * 500 + "é🙂" * 300
-    starts = [rng.randrange(len(source) - 1000) for _ in range(400)]
-    return [source[a : a + rng.randrange(1, 800)] for a in starts]
-
-
-@pytest.fixture
-def tool(tmp_path, model):
-    """Runs the tool into tmp_path/out; gives its exit code and output."""
-
-    def run(*argv, setup=use_small_blocks, setup_args=()):
-        return forked.run(TOOL, arguments(tmp_path, model, argv), tmp_path / "log",
-                          setup, setup_args)
-
-    return run
-
-
-def arguments(folder, model, argv):
-    defaults = ["--output-prefix", folder / "out", "--tokenizer-type", "HuggingFaceTokenizer",
-                "--tokenizer-model", model, "--workers", 2]
-    return [*defaults, *argv]
-
-
-def write_jsonl(path, texts, **more):
-    path.write_text("".join(json.dumps({"text": text} | more) + "\n" for text in texts))
-    return path
-
-
-def read_documents(prefix, codec):
-    """The ids of every document, read by Megatron."""
-    check_indexed_dataset(prefix, contents=True)
-    assert json.loads(Path(f"{prefix}.tokenizer.json").read_text()) == codec.fingerprint
-    dataset = IndexedDataset(str(prefix))
-    return [
-        [dataset[i].tolist() for i in range(a, b)]
-        for a, b in zip(dataset.document_indices, dataset.document_indices[1:], strict=False)
-    ]
-
-
-def documents_of(codec, texts, end=()):
-    return [[codec.encode(text) + list(end)] for text in texts]
-
-
-def output_files(folder):
-    return {path.name: path.read_bytes() for path in folder.glob("out*") if path.is_file()}
-
-
-def assert_only_final_files(folder):
-    assert not (folder / "out.partial").exists()
-
+from tests.tools.preprocessing import (
+    assert_only_final_files,
+    documents_of,
+    interrupt,
+    output_files,
+    read_documents,
+    write_inputs,
+    write_jsonl,
+)
 
 # -- what is written
 
@@ -117,35 +43,6 @@ def test_output_is_byte_for_byte_what_megatron_would_write(tool, tmp_path, codec
     assert_only_final_files(tmp_path)
     assert f"{len(texts)} documents" in result.output
     assert "B/s" in result.output and "tokens" in result.output
-
-
-def write_gz(path, data):
-    path.write_bytes(gzip.compress(data[:5000]) + gzip.compress(data[5000:]))
-
-
-def write_zst(path, data):
-    frames = (data[:5000], data[5000:])
-    path.write_bytes(b"".join(zstandard.ZstdCompressor().compress(part) for part in frames))
-
-
-def write_parquet(path, texts):
-    table = pyarrow.table({"text": texts, "id": list(range(len(texts)))})
-    pyarrow.parquet.write_table(table, path, row_group_size=150)
-
-
-def write_inputs(folder, texts):
-    """The texts in their order, in five formats."""
-    folder.mkdir()
-    write_jsonl(folder / "0.jsonl", texts[:50])
-    for name, write, part in [("1.jsonl.gz", write_gz, texts[50:100]),
-                              ("2.jsonl.zst", write_zst, texts[100:150])]:
-        write(folder / name, write_jsonl(folder / "plain", part).read_bytes())
-    (folder / "plain").unlink()
-    write_parquet(folder / "3.parquet", texts[150:350])
-    (folder / "4").mkdir()
-    for i, text in enumerate(texts[350:]):
-        (folder / "4" / f"{i:03}.txt").write_bytes(text.encode())
-    (folder / "passed_over.csv").write_text("not,read")
 
 
 def test_all_formats_of_a_folder_in_the_order_of_their_names(tool, tmp_path, codec, texts):
@@ -332,169 +229,3 @@ def test_errors_name_the_flag(tool, tmp_path, monkeypatch, argv, message):
     assert message in result.output
     assert "Traceback" not in result.output
     assert not list(tmp_path.glob("out*.idx"))
-
-
-# -- what is interrupted
-
-
-def test_finished_work_is_not_done_again_and_never_overwritten(tool, tmp_path, texts):
-    path = write_jsonl(tmp_path / "a.jsonl", texts)
-    assert tool("--input", path).code == 0
-    before = output_files(tmp_path)
-    assert "already complete" in tool("--input", path).output
-    result = tool("--input", path, "--append-eod")
-    assert result.code == 1
-    assert "exists and comes from another run" in result.output
-    assert {k: v for k, v in output_files(tmp_path).items()} == before
-    assert tool("--input", path, "--append-eod", "--overwrite").code == 0
-    assert output_files(tmp_path) != before
-
-
-def test_killed_at_every_step_of_saving_the_output_is_the_same(tool, tmp_path, texts):
-    path = write_jsonl(tmp_path / "a.jsonl", texts[:6])
-    argv = ["--input", path, "--checkpoint-seconds", 0]
-    assert tool(*argv).code == 0
-    expected = output_files(tmp_path)
-    for number in range(1, 1000):
-        for old in tmp_path.glob("out*"):
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
-        if tool(*argv, setup=die_at_call, setup_args=(number,)).code == 0:
-            break
-        assert tool(*argv).code == 0, number
-        assert output_files(tmp_path) == expected, number
-        assert_only_final_files(tmp_path)
-    assert 20 < number < 999
-
-
-@pytest.mark.timeout(600)
-def test_killed_at_50_random_moments_the_output_is_the_same(tmp_path, model, texts):
-    write_inputs(tmp_path / "in", texts)
-    log = tmp_path / "log"
-    argv = arguments(tmp_path, model, ["--input", tmp_path / "in", "--checkpoint-seconds", 0.01])
-    assert forked.run(TOOL, argv, log, use_small_blocks).code == 0, log.read_text()
-    expected = output_files(tmp_path)
-    started = time.monotonic()
-    assert forked.run(TOOL, [*argv, "--overwrite"], log, use_small_blocks).code == 0
-    duration = time.monotonic() - started
-    assert output_files(tmp_path) == expected
-    rng = random.Random(1)
-    kills = 0
-    while kills < 50:
-        for path in tmp_path.glob("out*"):
-            path.unlink()
-        # Some in a row, then the rest in peace: under load a run may not get far before its kill.
-        for _ in range(6):
-            process = forked.start(TOOL, argv, log, use_small_blocks)
-            process.join(rng.uniform(0, duration))
-            if process.exitcode is None:
-                os.kill(process.pid, signal.SIGKILL)
-                kills += 1
-            process.join()
-        assert forked.run(TOOL, argv, log, use_small_blocks).code == 0, log.read_text()
-        assert output_files(tmp_path) == expected
-        assert_only_final_files(tmp_path)
-
-
-def workers_of(pid):
-    children = Path(f"/proc/{pid}/task/{pid}/children")
-    return children.read_text().split() if children.exists() else []
-
-
-def wait_for(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
-def test_killed_run_leaves_no_worker_behind_and_no_lock(tool, tmp_path, model, texts):
-    argv = ["--input", write_jsonl(tmp_path / "a.jsonl", texts)]
-    process = forked.start(TOOL, arguments(tmp_path, model, argv), tmp_path / "log", encode_slowly)
-    wait_for(lambda: len(workers_of(process.pid)) == 2)
-    workers = workers_of(process.pid)
-    second = tool(*argv)
-    assert second.code == 1
-    assert "another process is writing it" in second.output
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    assert tool(*argv).code == 0
-    wait_for(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
-
-
-def test_killed_worker_is_reported_and_the_run_goes_on(tool, tmp_path, model, texts):
-    argv = ["--input", write_jsonl(tmp_path / "a.jsonl", texts)]
-    log = tmp_path / "log"
-    process = forked.start(TOOL, arguments(tmp_path, model, argv), log, encode_slowly)
-    wait_for(lambda: len(workers_of(process.pid)) == 2)
-    os.kill(int(workers_of(process.pid)[0]), signal.SIGKILL)
-    process.join()
-    assert process.exitcode == 1
-    assert "a worker was killed" in log.read_text()
-    assert tool(*argv).code == 0
-
-
-def interrupt(tool, tmp_path, argv):
-    """Kills a run in the middle of its blocks."""
-    code = tool(*argv, "--checkpoint-seconds", 0, setup=die_at_call, setup_args=(60,)).code
-    assert code == -signal.SIGKILL
-    assert (tmp_path / "out.partial" / "state.json").exists()
-
-
-def test_other_settings_or_inputs_do_not_go_on_with_an_interrupted_run(tool, tmp_path, texts):
-    first = write_jsonl(tmp_path / "a.jsonl", texts[:100])
-    second = write_jsonl(tmp_path / "b.jsonl", texts[100:])
-    interrupt(tool, tmp_path, ["--input", first, second])
-    result = tool("--input", first, second, "--append-eod")
-    assert result.code == 1
-    assert "whose append_eod was False and not True" in result.output
-    assert tool("--input", first, second, "--append-eod", "--overwrite").code == 0
-    shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)
-    for path in tmp_path.glob("out*"):
-        path.unlink()
-    interrupt(tool, tmp_path, ["--input", first, second])
-    state = json.loads((tmp_path / "out.partial" / "state.json").read_text())
-    state["now"]["cursor"] = [1, 0, 0]
-    (tmp_path / "out.partial" / "state.json").write_text(json.dumps(state))
-    write_jsonl(first, texts[:99])
-    result = tool("--input", first, second)
-    assert result.code == 1
-    assert "are others or have changed" in result.output
-    result = tool("--input", first, second, "--overwrite")
-    assert result.code == 0, result.output
-    assert "399 documents" in result.output
-
-
-@pytest.mark.parametrize("num_bytes", [3000, 20000, 40000])
-def test_full_disk_is_named_and_the_run_goes_on(tool, tmp_path, texts, num_bytes):
-    argv = ["--input", write_jsonl(tmp_path / "a.jsonl", texts), "--checkpoint-seconds", 0]
-    assert tool(*argv).code == 0
-    expected = output_files(tmp_path)
-    for path in tmp_path.glob("out*"):
-        path.unlink()
-    result = tool(*argv, setup=fill_the_disk, setup_args=(num_bytes,))
-    assert result.code == 1
-    assert "cannot be written" in result.output
-    assert "Traceback" not in result.output and "ignored" not in result.output
-    assert tool(*argv).code == 0
-    assert output_files(tmp_path) == expected
-
-
-@pytest.mark.parametrize("name", ["b.jsonl.gz", "b.jsonl.zst"])
-def test_a_repaired_file_is_read_anew_and_earlier_ones_are_kept(tool, tmp_path, codec, texts, name):
-    first = write_jsonl(tmp_path / "a.jsonl", texts[:100])
-    whole = write_jsonl(tmp_path / "plain", texts[100:]).read_bytes()
-    second = tmp_path / name
-    write = write_gz if name.endswith(".gz") else write_zst
-    write(second, whole)
-    compressed = second.read_bytes()
-    second.write_bytes(compressed[: len(compressed) * 3 // 4])
-    result = tool("--input", first, second)
-    assert result.code == 1
-    assert f"--input {second}: cannot be read to its end" in result.output
-    state = json.loads((tmp_path / "out.partial" / "state.json").read_text())
-    assert state["now"]["cursor"][0] == 1
-    assert state["now"]["num_documents"] >= 100
-    second.write_bytes(compressed)
-    assert tool("--input", first, second).code == 0
-    found = read_documents(tmp_path / "out_text_document", codec)
-    assert found == documents_of(codec, texts)
