@@ -123,20 +123,21 @@ def load(args: argparse.Namespace, layout: Layout, device: torch.device) -> Fill
     return load_filler(source, tokenizer, layout, device, dtype, args.quantization_bit_width)
 
 
-def texts(args: argparse.Namespace) -> Iterator[list[str]]:
-    """What to fill, as many texts at a time as are there."""
+def texts(args: argparse.Namespace) -> Iterator[tuple[list[str], bool]]:
+    """What to fill, as many texts at a time as are there, and whether a person waits for it."""
     if args.prompt:
-        yield args.prompt
+        yield args.prompt, False
     elif args.input:
         try:
-            yield [line for line in args.input.read_text().split("\n") if line.strip()]
+            lines = args.input.read_text().split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise GLMError(f"--input {args.input}: cannot be read ({error})") from None
+        yield [line for line in lines if line.strip()], False
     elif not sys.stdin.isatty():
-        yield [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        yield [line.rstrip("\n") for line in sys.stdin if line.strip()], False
     else:
         while line := ask():
-            yield [line]
+            yield [line], True
 
 
 def ask() -> str | None:
@@ -196,10 +197,16 @@ def run_tool(args: argparse.Namespace, device: torch.device) -> None:
     if args.serve:
         serve(args, filler, layout)
         return
-    for prompts in layout.shared(texts(args)):
-        for line in fill(args, filler, prompts):
+    for prompts, is_dialogue in layout.shared(texts(args)):
+        try:
+            for line in fill(args, filler, prompts):
+                if layout.is_driver:
+                    print(line, flush=True)
+        except GLMError as error:
+            if not is_dialogue:
+                raise
             if layout.is_driver:
-                print(line, flush=True)
+                print(f"error: {error}", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -61,18 +61,20 @@ class Norm:
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, LAYERNORM_EPSILON)
 
 
-# Attention of one layer: its number within the stage, then query, key and value [t, n, d], to
-# [t, n, d].
-Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# Attention of one layer: query, key and value [t, n, d] to [t, n, d].
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Layer:
     """One layer, n and f being this rank's share: a = LN(x); h = alpha * a + attention(a);
     m = LN(h); alpha * m + MLP(m)."""
 
-    def __init__(self, weights: Weights, number: int, alpha: float, layout: Layout):
+    def __init__(self, weights: Weights, number: int, layout: Layout):
         name = f"decoder.layers.{number}"
-        self.alpha, self.layout = alpha, layout
+        dimensions = weights.source.settings.dimensions
+        self.layout = layout
+        self.head_dim = dimensions.hidden_size // dimensions.num_attention_heads
+        self.alpha = math.sqrt(2 * dimensions.num_layers)
         self.input_norm = Norm(weights, f"{name}.input_layernorm")
         self.mlp_norm = Norm(weights, f"{name}.pre_mlp_layernorm")
         self.qkv = weights.linear(f"{name}.self_attention.linear_qkv")
@@ -87,11 +89,10 @@ class Layer:
         """Memory of the linear layers' weights."""
         return sum(part.num_bytes for part in (self.qkv, self.proj, self.fc1, self.fc2))
 
-    def __call__(
-        self, x: torch.Tensor, head_dim: int, tables: torch.Tensor, attend: Callable
-    ) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, tables: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """Hidden states [t, h] to the same; tables: what `Rotary` gives for their positions."""
         a = self.input_norm(x)
-        qkv = self.qkv(a).unflatten(-1, (-1, 3, head_dim))
+        qkv = self.qkv(a).unflatten(-1, (-1, 3, self.head_dim))
         query, key = rotate(qkv[:, :, :2], tables).unbind(2)
         attention = attend(query, key, qkv[:, :, 2]).flatten(1)
         h = self.layout.reduce(self.proj(attention)).add_(a, alpha=self.alpha)
@@ -116,9 +117,8 @@ class Engine:
         self._rotary = Rotary(
             self.head_dim, settings.rotary_angle_dtype, settings.seq_length, weights.device
         )
-        alpha = math.sqrt(2 * dimensions.num_layers)
         self.layers = [
-            Layer(weights, number, alpha, layout) for number in layout.layers(dimensions.num_layers)
+            Layer(weights, number, layout) for number in layout.layers(dimensions.num_layers)
         ]
         self._embedding = None
         if layout.is_first_stage or layout.is_last_stage:
@@ -195,9 +195,11 @@ class Engine:
         return self._logits(self._forward(inputs[0], inputs[1], attend))
 
     def _forward(
-        self, tokens: torch.Tensor, position_ids: torch.Tensor, attend: Attend
+        self, tokens: torch.Tensor, position_ids: torch.Tensor, attend: Callable[..., torch.Tensor]
     ) -> torch.Tensor:
-        """Hidden states [t, h] behind this stage's layers for tokens [t] at positions [t]."""
+        """Hidden states [t, h] behind this stage's layers for tokens [t] at positions [t].
+
+        attend: an `Attend` that takes the layer's number within the stage first."""
         tables = self._rotary(position_ids)
         if self.layout.is_first_stage:
             x = self._embed(tokens)
@@ -205,7 +207,7 @@ class Engine:
             shape = (len(tokens), self.settings.dimensions.hidden_size)
             x = self.layout.receive(torch.empty(shape, dtype=self.dtype, device=self.device))
         for number, layer in enumerate(self.layers):
-            x = layer(x, self.head_dim, tables, partial(attend, number))
+            x = layer(x, tables, partial(attend, number))
         if not self.layout.is_last_stage:
             self.layout.send(x)
         return x

@@ -101,11 +101,12 @@ def test_texts_from_a_file_and_from_standard_input(folder, output, tmp_path, mon
     assert output(*flags(folder)) == expected
 
 
-def test_on_a_terminal_it_asks(folder, output, monkeypatch):
-    answers = iter([PROMPTS[1], ""])
+def test_on_a_terminal_it_asks_on_whatever_is_typed(folder, output, monkeypatch):
+    expected = output(*flags(folder), *prompts(PROMPTS[1]))
+    answers = iter(["[gMASK][gMASK]", PROMPTS[1], ""])
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", lambda question: next(answers))
-    assert output(*flags(folder)) == output(*flags(folder), *prompts(PROMPTS[1]))
+    assert output(*flags(folder)) == expected
 
 
 def test_the_same_text_is_drawn_anew_and_a_seed_gives_the_same(folder, output):
