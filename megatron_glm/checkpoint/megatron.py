@@ -151,19 +151,20 @@ class MegatronCheckpoint:
         return path
 
     def _read_common_state(self) -> dict[str, Any]:
-        # Megatron's own list of what its arguments are made of.
-        from megatron.core.safe_globals import SAFE_GLOBALS
+        # Megatron's own list of what its arguments are made of. Not as a context: at its end torch
+        # would take away what Megatron's own loads need.
+        from megatron.core.safe_globals import register_safe_globals
 
+        register_safe_globals()
         chunks = self._chunks.get(COMMON_STATE)
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
-            if (self._folder / "common.pt").is_file():
-                content = TorchFile(self._folder / "common.pt").content
-            elif chunks:
-                place = chunks[0][1]
-                content = TorchFile(self._path(place), place.offset, place.length).content
-                content = content[0] if isinstance(content, list) and content else None
-            else:
-                raise CheckpointError(f"{self._folder}: holds neither common_state nor common.pt")
+        if (self._folder / "common.pt").is_file():
+            content = TorchFile(self._folder / "common.pt").content
+        elif chunks:
+            place = chunks[0][1]
+            content = TorchFile(self._path(place), place.offset, place.length).content
+            content = content[0] if isinstance(content, list) and content else None
+        else:
+            raise CheckpointError(f"{self._folder}: holds neither common_state nor common.pt")
         if not isinstance(content, dict) or not isinstance(content.get("args"), Namespace):
             raise CheckpointError(f"{self._folder}: no arguments of a run are stored in it")
         return content

@@ -243,3 +243,11 @@ def test_one_tensor_is_held_at_a_time(tmp_path):
 
     MegatronWriter(source.settings, source.dtype).write(tmp_path, read)
     assert asked == [tensor.name(Format.MEGATRON) for tensor in tensors(SMALL)]
+
+
+def test_reading_leaves_megatron_able_to_load(tmp_path):
+    """Megatron allows its own classes once, at its import; nothing may take them away again."""
+    folder = write_megatron(tmp_path / "run", MemorySource())
+    MegatronCheckpoint(folder)
+    torch.save({"args": Namespace(rank=0)}, tmp_path / "args.pt")
+    assert torch.load(tmp_path / "args.pt", weights_only=True)["args"].rank == 0
