@@ -121,7 +121,7 @@ def check_samples_left(args: Namespace, train_samples: int) -> None:
 
 
 def _check_checkpoint(args: Namespace, directory: str) -> None:
-    saved = _saved_args(args, directory)
+    saved, is_release = _saved_args(args, directory)
     settings = getattr(saved, "glm_settings", None)
     if settings is None:
         raise CheckpointMismatchError(
@@ -132,7 +132,9 @@ def _check_checkpoint(args: Namespace, directory: str) -> None:
     if directory == args.load and not args.finetune:
         for state in DATA_STATES:
             setattr(args, state, getattr(saved, state, None))
-    if directory == args.load and not (args.finetune or args.no_load_optim):
+    # Of a release, weights as tools/convert_checkpoint.py writes them, Megatron loads no more.
+    loads_optimizer = not (is_release or args.finetune or args.no_load_optim)
+    if directory == args.load and loads_optimizer:
         _check_optimizer_state(args, saved, directory)
 
 
@@ -167,13 +169,14 @@ def _check_optimizer_state(args: Namespace, saved: Namespace, directory: str) ->
         )
 
 
-def _saved_args(args: Namespace, directory: str) -> Namespace:
+def _saved_args(args: Namespace, directory: str) -> tuple[Namespace, bool]:
+    """The arguments that are stored with a checkpoint, and whether it is a release."""
     from megatron.training.checkpointing import _load_base_checkpoint
 
     with contextlib.redirect_stdout(io.StringIO()):
-        state_dict, *_ = _load_base_checkpoint(directory, args, rank0=True)
+        state_dict, _, is_release, _ = _load_base_checkpoint(directory, args, rank0=True)
     if not state_dict or "args" not in state_dict:
         raise CheckpointMismatchError(
             f"{directory} cannot be read as a checkpoint: no arguments are stored in it"
         )
-    return state_dict["args"]
+    return state_dict["args"], is_release

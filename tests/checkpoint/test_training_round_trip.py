@@ -89,7 +89,7 @@ def test_exports_come_back_with_the_same_bits_and_training_goes_on(
     assert_same_bits(read_all(open_checkpoint(back)), read_all(open_checkpoint(run)))
     steps = pretrain(
         [*TINY, *corpus.flags, "--train-iters", "3", "--load", str(back),
-         "--tensor-model-parallel-size", "2"],
+         "--tensor-model-parallel-size", "2", "--use-distributed-optimizer"],
         world_size=2,
     )  # fmt: skip
     trained = [step.losses["lm loss"] for step in steps]
