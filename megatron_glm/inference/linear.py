@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from megatron_glm.checkpoint.quantization import QuantizedWeight, pack_int4, unpack_int4
 
 # Elements of a weight that are dequantised at a time.
-_BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
+_BLOCK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}
 
 
 class Linear(ABC):
