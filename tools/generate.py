@@ -176,10 +176,9 @@ def serve(args: argparse.Namespace, filler: Filler, layout: Layout) -> None:
     if not layout.is_driver:
         follow(filler, layout, (), lambda running: None)
         return
-    try:
-        from megatron_glm.inference.server import ServerConfig, run_server
-    except ModuleNotFoundError as error:
-        raise GLMError(f"--serve: needs {error.name}; pip install 'megatron-glm[serve]'") from None
+    # Imported where it is needed: a web framework takes a second.
+    from megatron_glm.inference.server import ServerConfig, run_server
+
     service = Service(filler, layout, args.max_batch_size, args.max_waiting)
     config = ServerConfig(args.host, args.port, args.max_body_bytes, args.max_new_tokens)
     run_server(service, search_config(args, args.seed), config, partial(print, flush=True))

@@ -17,12 +17,12 @@ from tests.checkpoint.naive_generation import fill_greedily
 from tests.inference.building import VOCAB_SIZE, lively_source, make_filler
 
 PROMPTS = {
-    "gmask": "the quick brown fox jumps over[gMASK]",
+    "gmask": "the quick brown fox jumps over [gMASK]",
     "added gmask": "the lazy dog",
-    "one blank": "the[MASK] sat on the mat;",
+    "one blank": "the [MASK] sat on the mat;",
     "sentence": "the dog rests;[sMASK] and then the fox",
-    "two blanks": "the[MASK] brown fox[MASK] over the lazy dog and then rests",
-    "three blanks": "[MASK] cat[MASK] on the mat[MASK]",
+    "two blanks": "the [MASK] brown fox[MASK] over the lazy dog and then rests",
+    "three blanks": "[MASK] cat [MASK] on the mat [MASK]",
 }
 SEARCHES = [
     {},

@@ -12,12 +12,9 @@ import pytest
 from megatron_glm.inference.generation import run
 from megatron_glm.inference.layout import Layout
 from megatron_glm.inference.search import SearchConfig
+from megatron_glm.inference.server import ServerConfig, run_server
 from megatron_glm.inference.service import Service
 from tests.inference.building import lively_source, make_filler
-
-pytest.importorskip("fastapi", reason="needs pip install 'megatron-glm[serve]'")
-
-from megatron_glm.inference.server import ServerConfig, run_server  # noqa: E402
 
 # The whole soak test takes GLM_SOAK_SECONDS=60.
 SOAK_SECONDS = float(os.environ.get("GLM_SOAK_SECONDS", "4"))
