@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.records import RESULTS, print_table, write_record
+from benchmarks.records import add_run_flags, reason, run_benchmark
 from megatron_glm.model.attention.backends import BACKENDS, backends_of, load_backend
 from megatron_glm.model.attention.bounds import make_samples, sample_ranges
 from megatron_glm.model.attention.dropout import draw_dropout
@@ -142,7 +142,7 @@ def run(arguments: argparse.Namespace) -> Iterator[dict]:
                     arguments.repeats,
                 )
             except (NotImplementedError, RuntimeError, ValueError) as error:
-                print(f"{row}: {str(error).splitlines()[0]}")
+                yield row | {"error": reason(error)}
                 continue
             flops = forward_backward_flops(visible_pairs(samples), heads, dim)
             speed = flops / times["ms"] / 1e9
@@ -196,8 +196,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--plot", action="store_true", help="draw a PNG beside the record")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the record")
+    add_run_flags(parser)
     arguments = parser.parse_args(argv)
     kind = torch.device(arguments.device).type
     arguments.backends = arguments.backends or backends_of(kind)
@@ -209,17 +208,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Measure, print the table, write the record and, if asked, the plot."""
     arguments = parse(argv)
-    rows = []
-    for row in run(arguments):
-        rows.append(row)
-        print(*row.values(), flush=True)
-    print_table(rows)
-    settings = {key: value for key, value in vars(arguments).items() if key not in
-                ("results", "plot")}
-    record = write_record("attention", settings, rows, arguments.results)
-    print(f"record: {record.name}")
-    if arguments.plot:
-        plot(rows, record.with_suffix(".png"))
+    run_benchmark("attention", arguments, run(arguments), plot=plot)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.records import RESULTS, print_table, write_record
+from benchmarks.records import add_run_flags, run_benchmark
 from megatron_glm.checkpoint.quantization import QuantizedWeight, largest_code
 from megatron_glm.checkpoint.settings import Settings
 from megatron_glm.checkpoint.table import Dimensions, Tensor
@@ -196,8 +196,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, help="steps of a round")
     add("--rounds", type=int, default=3, help="turns of each form; the least time of all counts")
     add("--prefill-rounds", type=int, default=2, help="turns in which contexts are read")
-    add("--plot", action="store_true", help="draw a PNG beside the record")
-    add("--results", type=Path, default=RESULTS, help="folder of the record")
+    add_run_flags(parser)
     arguments = parser.parse_args(argv)
     kind = torch.device(arguments.device).type
     for name, value in SHAPES[kind].items():
@@ -211,16 +210,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Measure, print the table, write the record and, if asked, the plot."""
     arguments = parse(argv)
-    rows = []
-    for row in run(arguments):
-        rows.append(row)
-        print(*row.values(), flush=True)
-    print_table(rows)
-    settings = {k: v for k, v in vars(arguments).items() if k not in ("results", "plot")}
-    record = write_record("decode", settings, rows, arguments.results)
-    print(f"record: {record.name}")
-    if arguments.plot:
-        plot(rows, record.with_suffix(".png"))
+    run_benchmark("decode", arguments, run(arguments), plot=plot)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,21 @@
 """Records of benchmarks: what was measured, when, on what, with which versions and source.
 
 A record is one JSON file under `benchmarks/results/`, so that a number can be traced to the
-source and the machine that gave it and be measured again.
+source and the machine that gave it and be measured again. `run_benchmark` is the frame of a
+benchmark that yields its rows one by one: it prints and records each as it comes.
 """
 
+import argparse
 import datetime
 import json
 import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -51,12 +53,39 @@ def versions() -> dict[str, str]:
 
 
 def git_revision() -> str:
-    """Commit of the source, with "+changes" if tracked files differ from it; "unknown" outside."""
+    """Commit of the source, with "+changes" if tracked files differ from it.
+
+    Where the source was copied without its history, what GIT_REVISION says, else "unknown".
+    """
     try:
         commit = _git("rev-parse", "HEAD")
         return f"{commit}+changes" if _git("status", "--porcelain", "-uno") else commit
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("GIT_REVISION", "unknown")
+
+
+class Check(NamedTuple):
+    """A figure that is required of a benchmark."""
+
+    what: str
+    value: float | None
+    """What was measured; None where that failed."""
+    bound: float
+    is_floor: bool = True
+    """Whether the value must be at least the bound; else at most."""
+
+    @property
+    def passed(self) -> bool:
+        if self.value is None:
+            return False
+        return self.value >= self.bound if self.is_floor else self.value <= self.bound
+
+    def __str__(self) -> str:
+        value = "not measured," if self.value is None else _cell(self.value)
+        return (
+            f"{'PASS' if self.passed else 'FAIL'} {self.what}: {value} "
+            f"{'>=' if self.is_floor else '<='} {self.bound:g} required"
+        )
 
 
 def write_record(
@@ -64,6 +93,9 @@ def write_record(
     settings: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
     folder: Path = RESULTS,
+    *,
+    checks: Sequence[Check] = (),
+    path: Path | None = None,
 ) -> Path:
     """Write what a benchmark measured and return the file, `<benchmark>-<UTC time>.json`.
 
@@ -72,6 +104,8 @@ def write_record(
         settings: what the whole run had in common, such as flags.
         rows: one mapping of plain values for each line of the table; units in the keys.
         folder: where the record goes.
+        checks: what the rows were required to show.
+        path: the record to bring up to date instead of a new one.
     """
     now = datetime.datetime.now(datetime.UTC)
     record = {
@@ -83,17 +117,72 @@ def write_record(
         "settings": dict(settings),
         "rows": [dict(row) for row in rows],
     }
+    if checks:
+        record["checks"] = [check._asdict() | {"passed": check.passed} for check in checks]
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{benchmark}-{now:%Y%m%dT%H%M%SZ}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    path = path or folder / f"{benchmark}-{now:%Y%m%dT%H%M%SZ}.json"
+    path.write_text(json.dumps(record, indent=1, default=str) + "\n")
     return path
 
 
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that `run_benchmark` reads."""
+    parser.add_argument("--plot", action="store_true", help="draw a PNG beside the record")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the record")
+
+
+def run_benchmark(
+    benchmark: str,
+    arguments: argparse.Namespace,
+    rows: Iterable[dict[str, Any]],
+    *,
+    plot: Callable[[list[dict[str, Any]], Path], None] | None = None,
+    judge: Callable[[list[dict[str, Any]]], list[Check]] = lambda rows: [],
+) -> Path:
+    """Print and record rows as they are measured, then the table, the checks and the plot.
+
+    The record is brought up to date with every row: a run that is stopped leaves what it has.
+
+    Args:
+        benchmark: its name, that of its file in `benchmarks/`.
+        arguments: parsed flags, those of `add_run_flags` among them; the others are its settings.
+        rows: the measurements; one that failed has the reason under "error".
+        plot: draws the rows that did not fail, where --plot was given.
+        judge: what the rows were required to show.
+
+    Returns:
+        The record.
+    """
+    settings = {k: v for k, v in vars(arguments).items() if k not in ("results", "plot")}
+    measured: list[dict[str, Any]] = []
+    path = None
+    for row in rows:
+        measured.append(row)
+        print("; ".join(f"{key} {_cell(value)}" for key, value in row.items()), flush=True)
+        path = write_record(
+            benchmark, settings, measured, arguments.results, checks=judge(measured), path=path
+        )
+    print_table(measured)
+    for check in judge(measured):
+        print(check)
+    path = path or write_record(benchmark, settings, measured, arguments.results)
+    print(f"record: {path.name}", flush=True)
+    if arguments.plot and plot:
+        plot([row for row in measured if "error" not in row], path.with_suffix(".png"))
+    return path
+
+
+def reason(error: Exception) -> str:
+    """An error as a row's "error": its class and the first line of its message."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print rows with the same keys as a table in Markdown; floats with four digits."""
+    """Print rows as a table in Markdown; floats with four digits, blanks where a key is missing."""
     if not rows:
         return
-    lines = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [keys, *([_cell(row.get(key, "")) for key in keys] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     for line in lines:

@@ -1,9 +1,12 @@
 """A record says what was measured, where and from which source."""
 
+import argparse
 import datetime
 import json
 import subprocess
 from importlib import metadata
+
+import pytest
 
 from benchmarks import records
 
@@ -29,6 +32,8 @@ def test_the_revision_tells_changed_source(tmp_path, monkeypatch):
 
     monkeypatch.setattr(records, "ROOT", tmp_path)
     assert records.git_revision() == "unknown"
+    monkeypatch.setenv("GIT_REVISION", "abc")
+    assert records.git_revision() == "abc"
     git("init")
     (tmp_path / "file").write_text("a")
     git("add", "file")
@@ -44,3 +49,61 @@ def test_the_table_is_aligned(capsys):
     assert capsys.readouterr().out == (
         "| name   | ms    |\n| ------ | ----- |\n| a      | 1.235 |\n| longer | 10    |\n"
     )
+
+
+def test_a_row_may_lack_a_column(capsys):
+    records.print_table([{"ms": 1.0}, {"error": "out of memory"}])
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| 1  |               |", "|    | out of memory |"
+    ]
+
+
+def flags(folder, *more):
+    parser = argparse.ArgumentParser()
+    records.add_run_flags(parser)
+    parser.add_argument("--sizes", type=int, default=3)
+    return parser.parse_args(["--results", str(folder), *more])
+
+
+def test_a_run_that_breaks_off_leaves_what_it_has_measured(tmp_path):
+    def rows():
+        yield {"size": 1, "ms": 2.0}
+        yield {"size": 2, "error": "OutOfMemoryError: too large"}
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        records.run_benchmark("some", flags(tmp_path), rows())
+    (path,) = tmp_path.glob("some-*.json")
+    record = json.loads(path.read_text())
+    assert [row["size"] for row in record["rows"]] == [1, 2]
+    assert record["rows"][1]["error"].startswith("OutOfMemoryError")
+    assert record["settings"] == {"sizes": 3}
+
+
+def test_required_figures_are_checked_and_failed_rows_are_not_drawn(tmp_path, capsys):
+    drawn = []
+
+    def judge(rows):
+        speeds = [row["speed"] for row in rows if "speed" in row]
+        return [
+            records.Check("speed", max(speeds), 1.5),
+            records.Check("memory", 0.6, 0.55, is_floor=False),
+            records.Check("other", None, 1.0),
+        ]
+
+    path = records.run_benchmark(
+        "some", flags(tmp_path, "--plot"), [{"speed": 2.0}, {"error": "ValueError: no"}],
+        plot=lambda rows, path: drawn.append((rows, path.suffix)), judge=judge,
+    )
+    assert drawn == [([{"speed": 2.0}], ".png")]
+    assert [check["passed"] for check in json.loads(path.read_text())["checks"]] == [
+        True, False, False,
+    ]
+    lines = capsys.readouterr().out.splitlines()
+    assert "PASS speed: 2 >= 1.5 required" in lines
+    assert "FAIL memory: 0.6 <= 0.55 required" in lines
+    assert "FAIL other: not measured, >= 1 required" in lines
+
+
+def test_a_reason_is_one_line():
+    assert records.reason(ValueError("first\nsecond")) == "ValueError: first"
