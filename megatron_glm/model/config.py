@@ -46,6 +46,13 @@ class GLMArchitecture:
     """Implementation of prefix attention: auto, or one of the backends that the conformance check
     at start names."""
 
+    glm_fused_kernels: bool = field(
+        default=True, metadata={"argparse_meta": {"arg_names": ["--glm-fused-kernels"],
+                                                  "action": argparse.BooleanOptionalAction}}
+    )
+    """Run what lies between matrix products in Triton kernels that pass over memory once each way,
+    where the model is on a GPU. Without it, and on a CPU, torch's own operations run."""
+
     def __post_init__(self):
         if not self.deepnorm:
             raise ValueError(
