@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.records import add_run_flags, reason, run_benchmark
 from megatron_glm.model.attention.backends import BACKENDS, backends_of, load_backend
 from megatron_glm.model.attention.bounds import make_samples, sample_ranges
-from megatron_glm.model.attention.dropout import draw_dropout
+from megatron_glm.model.dropout import draw_dropout
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHAPES = {

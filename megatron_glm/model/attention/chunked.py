@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_glm.model.attention.bounds import sample_ranges
-from megatron_glm.model.attention.dropout import Dropout, keep_mask
+from megatron_glm.model.dropout import Dropout, keep_mask
 
 BLOCK = 128
 """Queries of a block: large enough for the matrix products, small beside a long sequence."""

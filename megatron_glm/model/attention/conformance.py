@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_glm.errors import GLMError
 from megatron_glm.model.attention.backends import select_backend
 from megatron_glm.model.attention.bounds import SampleRange, make_samples, sample_ranges
-from megatron_glm.model.attention.dropout import Dropout
+from megatron_glm.model.dropout import Dropout
 
 MIN_SEQ_LENGTH = 16
 """Shortest sequence whose pack has a context, targets and a neighbour of each."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_glm.errors import GLMError
 from megatron_glm.model.attention.backends import load_backend, select_backend
-from megatron_glm.model.attention.dropout import draw_dropout
+from megatron_glm.model.dropout import draw_dropout
 
 
 class PrefixAttention(MegatronModule):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from megatron_glm.model.attention.bounds import PerBatch, token_bounds
-from megatron_glm.model.attention.dropout import Dropout, is_kept, key_word, query_word
+from megatron_glm.model.dropout import Dropout, is_kept, key_word, query_word
 
 BLOCK = 128
 """Rows and columns of a block of the mask; blocks that nothing sees are never visited."""

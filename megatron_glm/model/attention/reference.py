@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from megatron_glm.model.attention.bounds import dense_mask
-from megatron_glm.model.attention.dropout import Dropout, keep_mask
+from megatron_glm.model.dropout import Dropout, keep_mask
 
 
 def attention(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_glm.model.attention import chunked
 from megatron_glm.model.attention.bounds import sample_ranges
-from megatron_glm.model.attention.dropout import Dropout
+from megatron_glm.model.dropout import Dropout
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_glm.model.attention import triton_kernels as kernels
 from megatron_glm.model.attention.bounds import Bounds, PerBatch, token_bounds
-from megatron_glm.model.attention.dropout import Dropout
+from megatron_glm.model.dropout import Dropout
 
 LOG2_E = 1.4426950408889634
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -14,42 +14,7 @@ Softmax is in fp32, in powers of two.
 import triton
 import triton.language as tl
 
-# Constants of `dropout`, as the uint32 that Triton's arithmetic wraps in.
-MIX_0 = tl.constexpr(0x7FEB352D)
-MIX_1 = tl.constexpr(0x846CA68B)
-HASH_0 = tl.constexpr(0x85EBCA6B)
-HASH_1 = tl.constexpr(0xC2B2AE35)
-GOLDEN = tl.constexpr(0x9E3779B9)
-
-
-@triton.jit
-def _mix(x):
-    x = (x ^ (x >> 16)) * MIX_0
-    x = (x ^ (x >> 15)) * MIX_1
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def _words(seed, index):
-    return _mix(index.to(tl.uint32) * GOLDEN + seed)
-
-
-@triton.jit
-def _query_words(seed_pointer, row, query):
-    seed = tl.load(seed_pointer).to(tl.uint32, bitcast=True)
-    return _mix(_words(seed, row) + query.to(tl.uint32))
-
-
-@triton.jit
-def _key_words(seed_pointer, key):
-    return _words(tl.load(seed_pointer + 1).to(tl.uint32, bitcast=True), key)
-
-
-@triton.jit
-def _kept(query_words, key_words, threshold):
-    word = (query_words ^ key_words) * HASH_0
-    word = (word ^ (word >> 15)) * HASH_1
-    return word.to(tl.int32, bitcast=True) < threshold
+from megatron_glm.model.dropout_kernels import is_kept, key_word, query_word
 
 
 @triton.jit
@@ -104,7 +69,7 @@ def forward(
     key_end = tl.load(key_end_pointer + tl.minimum(rows, last))
     query_words = rows
     if DROPOUT:
-        query_words = _query_words(seed_pointer, pair, rows)
+        query_words = query_word(seed_pointer, pair, rows)
 
     q_pointer += batch * q_b + head * q_n
     k_pointer += batch * k_b + head * k_n
@@ -130,8 +95,8 @@ def forward(
         decay = tl.exp2(row_max - shift)
         row_sum = row_sum * decay + tl.sum(probability, 1)
         if DROPOUT:
-            kept = _kept(
-                query_words[:, None], _key_words(seed_pointer, keys)[None, :], threshold
+            kept = is_kept(
+                query_words[:, None], key_word(seed_pointer, keys)[None, :], threshold
             )
             probability = tl.where(kept, probability, 0.0)
         value = _load_rows(v_pointer, keys, v_s, dims, num_rows, HEAD_DIM)
@@ -189,7 +154,7 @@ def backward_queries(
     delta = tl.load(delta_pointer + words, mask=rows < num_rows, other=0.0)
     query_words = rows
     if DROPOUT:
-        query_words = _query_words(seed_pointer, pair, rows)
+        query_words = query_word(seed_pointer, pair, rows)
 
     q_pointer += batch * q_b + head * q_n
     k_pointer += batch * k_b + head * k_n
@@ -212,8 +177,8 @@ def backward_queries(
             probability = tl.where(visible, probability, 0.0)
         slope = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
         if DROPOUT:
-            kept = _kept(
-                query_words[:, None], _key_words(seed_pointer, keys)[None, :], threshold
+            kept = is_kept(
+                query_words[:, None], key_word(seed_pointer, keys)[None, :], threshold
             )
             slope = tl.where(kept, slope * keep_factor, 0.0)
         slope = probability * (slope - delta[:, None])
@@ -247,7 +212,7 @@ def backward_keys(
     query_end = tl.load(query_end_pointer + tl.minimum(keys, last))
     key_words = keys
     if DROPOUT:
-        key_words = _key_words(seed_pointer, keys)
+        key_words = key_word(seed_pointer, keys)
 
     q_pointer += batch * q_b + head * q_n
     k_pointer += batch * k_b + head * k_n
@@ -278,8 +243,8 @@ def backward_keys(
         slope = tl.dot(value, tl.trans(grad), input_precision=PRECISION)
         dropped = probability
         if DROPOUT:
-            kept = _kept(
-                _query_words(seed_pointer, pair, rows)[None, :], key_words[:, None], threshold
+            kept = is_kept(
+                query_word(seed_pointer, pair, rows)[None, :], key_words[:, None], threshold
             )
             slope = tl.where(kept, slope * keep_factor, 0.0)
             dropped = tl.where(kept, probability * keep_factor, 0.0)

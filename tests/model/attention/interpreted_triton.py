@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 
 from megatron_glm.model.attention import triton
 from megatron_glm.model.attention.conformance import MaskConformanceError, check_attention
-from megatron_glm.model.attention.dropout import Dropout
+from megatron_glm.model.dropout import Dropout
 from tests.model.attention.packs import PACKS, packs, random_inputs, run, samples_from
 
 # Largest element of the error against the largest of the exact result; fp16 rounds at 2**-12.

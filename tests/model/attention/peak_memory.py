@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron_glm.model.attention.backends import select_backend
-from megatron_glm.model.attention.dropout import draw_dropout
+from megatron_glm.model.dropout import draw_dropout
 from tests.model.attention.packs import samples_from
 
 HEADS, DIM = 2, 64

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 
 from megatron_glm.errors import GLMError
 from megatron_glm.model.attention.backends import backends_of, load_backend, select_backend
-from megatron_glm.model.attention.dropout import Dropout, draw_dropout
+from megatron_glm.model.dropout import Dropout, draw_dropout
 from tests.model.attention.packs import PACKS, packs, random_inputs, run, samples_from
 
 CPU = ["sdpa", "chunked", "flex"]

@@ -1,7 +1,8 @@
-"""Dropout of attention probabilities as a pure function of a seed and a position.
+"""Dropout as a pure function of a seed and a position.
 
-Whether the probability of (sequence, head, query, key) is kept is a hash of these four and two
-random words. So no backend stores a mask, every backend drops the same ones, and a recomputed
+Whether the attention probability of (sequence, head, query, key) is kept is a hash of these four
+and two random words; a hidden state of (token, channel) is as the probability of query and key in
+sequence and head 0. So nothing stores a mask, every implementation drops the same, and a recomputed
 forward equals the first: Megatron restores the generator from which the seed is drawn.
 """
 
@@ -19,12 +20,12 @@ GOLDEN = -0x61C88647
 
 
 class Dropout(NamedTuple):
-    """What one call of attention drops."""
+    """What one call drops."""
 
     probability: float
-    """Share of the probabilities that become 0, in (0, 1); the others grow by 1 / (1 - share)."""
+    """Share of the elements that become 0, in (0, 1); the others grow by 1 / (1 - share)."""
     seed: Tensor
-    """Two random words, int32 [2], on the device of the query."""
+    """Two random words, int32 [2], on the device of what is dropped."""
 
     @property
     def keep_probability(self) -> float:
@@ -88,3 +89,13 @@ def keep_mask(dropout: Dropout, row: Tensor, query: Tensor, key: Tensor) -> Tens
     queries = query_word(dropout.seed, row[..., None], query)
     keys = key_word(dropout.seed, key)
     return is_kept(queries[..., None], keys, dropout.threshold)
+
+
+def drop_channels(x: Tensor, dropout: Dropout | None) -> Tensor:
+    """Dropout of hidden states [..., h], whose tokens are counted over all leading dimensions."""
+    if dropout is None:
+        return x
+    rows = torch.arange(x.shape[:-1].numel(), device=x.device)
+    columns = torch.arange(x.shape[-1], device=x.device)
+    kept = keep_mask(dropout, torch.zeros_like(rows[0]), rows, columns)
+    return x * kept.view(x.shape) / dropout.keep_probability

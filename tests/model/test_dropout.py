@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_glm.model.attention.dropout import Dropout, draw_dropout, keep_mask
+from megatron_glm.model.dropout import Dropout, draw_dropout, keep_mask
 from tests.model.attention.packs import random_inputs, run, samples_from
 
 RATE = 0.1
