@@ -27,6 +27,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from itertools import batched
 from multiprocessing import get_context
 from pathlib import Path
@@ -206,13 +207,20 @@ def compare_ids(prefix: Path, expected: Path) -> None:
             sys.exit(f"{prefix}{suffix} differs from {expected}{suffix}")
 
 
+def train(documents: list[str], bpe: Path, piece: Path) -> None:
+    """Both tokenizers, on a share of the documents."""
+    bpe.write_bytes(train_byte_level_bpe(documents[::TRAINED_SHARE], 16000))
+    piece.write_bytes(train_sentence_piece(documents[::TRAINED_SHARE], 16000))
+
+
 def run_rows(args: argparse.Namespace, folder: Path, corpus: Path) -> list[dict[str, Any]]:
     documents = [json.loads(line)["text"] for line in corpus.open()]
     megabytes = sum(len(text.encode()) for text in documents) / 1e6
     bpe, piece = folder / "tokenizer.json", folder / "tokenizer.model"
     if not bpe.exists():
-        bpe.write_bytes(train_byte_level_bpe(documents[::TRAINED_SHARE], 16000))
-        piece.write_bytes(train_sentence_piece(documents[::TRAINED_SHARE], 16000))
+        # In a process of its own: once the library has used threads, it has but one in every fork.
+        with ProcessPoolExecutor(1, get_context("fork")) as other:
+            other.submit(train, documents, bpe, piece).result()
     quarter = folder / "quarter.jsonl"
     with corpus.open() as lines:
         quarter.write_text("".join(line for i, line in enumerate(lines) if i % 4 == 0))
