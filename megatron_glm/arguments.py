@@ -61,7 +61,6 @@ DEFAULTS: dict[str, Any] = {
     "masked_softmax_fusion": False,
     "apply_rope_fusion": False,
     "bias_gelu_fusion": False,
-    "gradient_accumulation_fusion": False,
     "no_persist_layer_norm": True,
     # Without it the micro-batch size would weigh the tokens.
     "calculate_per_token_loss": True,

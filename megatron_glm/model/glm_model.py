@@ -21,6 +21,7 @@ from megatron_glm.model.attention.conformance import check_backend
 from megatron_glm.model.embedding import GradientShrink, shrink_alpha
 from megatron_glm.model.layer_spec import glm_block_spec
 from megatron_glm.model.rotary import rotary_angles
+from megatron_glm.model.weight_gradient import provide_weight_gradient_kernels
 
 # It tells users of GPTModel to move to another class, at every start and on every stage.
 logging.getLogger(GPTModel.__module__).setLevel(logging.ERROR)
@@ -116,6 +117,8 @@ class GLMModelBuilder(GPTModelBuilder):
         model_config = self._model_config
         config = model_config.transformer
         vp_size = config.virtual_pipeline_model_parallel_size
+        if config.gradient_accumulation_fusion:
+            provide_weight_gradient_kernels()
         if pre_process is None:
             pre_process = is_vp_first_stage(vp_stage, vp_size) and is_pp_first_stage(
                 pg_collection.pp

@@ -23,6 +23,7 @@ LAYOUTS = {
     "full recomputation": (1, FULL),
     "selective recomputation": (1, SELECTIVE),
     "micro-batches of one": (1, ["--micro-batch-size", "1"]),
+    "unfused weight gradients": (1, ["--no-gradient-accumulation-fusion"]),
     "tp 2 x pp 2, everything": (4, [*TP2, *PP2, "--sequence-parallel", *FULL]),
 }
 
