@@ -31,15 +31,12 @@ from megatron.training.argument_utils import (  # noqa: E402
 )
 from megatron.training.global_vars import get_tokenizer  # noqa: E402
 
-from megatron_glm.arguments import (  # noqa: E402
-    exit_with_one_line,
-    parse_glm_args,
-    pin_padded_vocab_size,
-)
+from megatron_glm.arguments import parse_glm_args, pin_padded_vocab_size  # noqa: E402
 from megatron_glm.data.builder import train_valid_test_datasets  # noqa: E402
 from megatron_glm.data.config import dataset_config_from_args, objective_names  # noqa: E402
 from megatron_glm.data.ledger import Ledger, ledger_lines  # noqa: E402
 from megatron_glm.data.tokenizer import GLMTokenizer, build_tokenizer  # noqa: E402
+from megatron_glm.errors import exit_with_one_line  # noqa: E402
 from megatron_glm.model.config import GLMModelConfig, GLMTransformerConfig  # noqa: E402
 from megatron_glm.model.glm_model import GLMModel, check_mask_conformance  # noqa: E402
 from megatron_glm.training.batch import Batch, next_batch  # noqa: E402
@@ -167,7 +164,7 @@ def forward_step(data_iterator: Iterator | None, model: torch.nn.Module) -> tupl
 def main() -> None:
     args = parse_glm_args(tokenizer_from_args)
     run_before_saves(store_ledger)
-    with exit_with_one_line(args):
+    with exit_with_one_line(rank=args.rank):
         pretrain(
             pretrain_cfg_container_from_args(args, model_config_from_args(args)),
             datasets_provider,

@@ -7,11 +7,8 @@ would train something else.
 
 import argparse
 import os
-import sys
-import traceback
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +17,7 @@ from megatron.training.argument_utils import ArgumentGroupFactory
 
 from megatron_glm.data.config import GLMDataArguments, default_max_samples
 from megatron_glm.data.tokenizer import TEXT_SCHEMES, TOKENIZER_TYPES
-from megatron_glm.errors import GLMError
+from megatron_glm.errors import exit_with_one_line
 from megatron_glm.flag_rules import FlagError, check_flags, check_tokenizer_flags
 from megatron_glm.model.config import GLMArchitecture
 from megatron_glm.presets import PRESETS
@@ -157,7 +154,8 @@ def parse_glm_args(build_tokenizer: Callable[[Namespace], Any]) -> Namespace:
     from megatron.training.arguments import parse_args, validate_args
 
     args = parse_args(add_glm_arguments)
-    with exit_with_one_line(args, AssertionError):
+    # Megatron says by assertions what is wrong with a flag.
+    with exit_with_one_line(AssertionError, rank=args.rank):
         check_flags(args)
         check_tokenizer_flags(args)
         fill_derived(args)
@@ -165,23 +163,6 @@ def parse_glm_args(build_tokenizer: Callable[[Namespace], Any]) -> Namespace:
         global_vars.build_tokenizer = build_tokenizer
         global_vars.set_global_variables(args)
     return args
-
-
-@contextmanager
-def exit_with_one_line(args: Namespace, *more: type[Exception]) -> Iterator[None]:
-    """Turns an error that the user can cure into one line on rank 0 and exit status 2.
-
-    more: exceptions beside GLMError, where Megatron says what is wrong with a flag by an assertion.
-    """
-    try:
-        yield
-    except (GLMError, FileNotFoundError, *more) as error:
-        if args.rank == 0:
-            # Some of Megatron's assertions say nothing; then the asserted line has to speak.
-            message = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
-            program = os.path.basename(sys.argv[0])
-            print(f"{program}: error: {message}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from error
 
 
 def _extend_choices(parser: ArgumentParser) -> None:

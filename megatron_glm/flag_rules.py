@@ -13,6 +13,8 @@ from megatron_glm.model.attention.backends import BACKENDS
 class FlagError(GLMError):
     """A flag, or a pair of flags, that GLM cannot honour."""
 
+    is_everywhere = True
+
 
 class Rule(NamedTuple):
     """A Megatron flag that may have one value only under GLM."""

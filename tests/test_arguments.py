@@ -8,7 +8,6 @@ from megatron.training.arguments import add_megatron_arguments
 from megatron_glm.arguments import (
     DEFAULTS,
     add_glm_arguments,
-    exit_with_one_line,
     fill_derived,
     pin_padded_vocab_size,
 )
@@ -157,27 +156,3 @@ def test_the_padded_vocabulary_does_not_depend_on_tensor_parallelism(
 def test_a_vocabulary_that_does_not_fit_is_refused(parser, flags, named):
     with pytest.raises(FlagError, match=named):
         pin_padded_vocab_size(parse(parser, *flags), 1000)
-
-
-def test_an_error_of_the_user_is_one_line(capsys):
-    with pytest.raises(SystemExit) as stop:
-        with exit_with_one_line(argparse.Namespace(rank=0)):
-            raise FlagError("--flag 3: must be 4")
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == "pretrain_glm.py: error: --flag 3: must be 4\n"
-
-
-def test_an_assertion_without_words_shows_what_it_asserted(capsys, tmp_path):
-    # In a file of its own: pytest gives words to the assertions of a test.
-    module = tmp_path / "silent.py"
-    module.write_text("assert save_interval is not None\n")
-    with pytest.raises(SystemExit):
-        with exit_with_one_line(argparse.Namespace(rank=0), AssertionError):
-            exec(compile(module.read_text(), str(module), "exec"), {"save_interval": None})
-    assert "assert save_interval is not None" in capsys.readouterr().err
-
-
-def test_a_fault_of_the_program_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError):
-        with exit_with_one_line(argparse.Namespace(rank=0)):
-            1 / 0  # noqa: B018

@@ -28,6 +28,9 @@ ENTRY_POINTS = (
     *("pretrain_glm.py", "tools/*.py", "benchmarks/*.py", "tests/conftest.py"),
     *("tests/rank_preload.py",),
 )
+# What has a program find the packages beside it, so that a clone needs no installation of itself,
+# and one that is installed elsewhere is not taken instead.
+OWN_ROOT = "sys.path.insert(0, str(Path(__file__).resolve().parent.parent))"
 # Loads Megatron as it is, to measure it against.
 UNPATCHED = ("benchmarks/preprocess.py",)
 
@@ -188,6 +191,18 @@ def test_an_entry_point_applies_the_patches_before_it_loads_megatron(path):
         if module != "patches" and megatron_behind(module)
     ]
     assert early == [], f"{early} load Megatron before patches.apply() on line {first}"
+
+
+@pytest.mark.parametrize("path", python_files("tools/*.py"), ids=name_of)
+def test_a_tool_uses_the_packages_beside_it(path):
+    own = [
+        node.lineno
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        and starts_with(min(imported(node, path)), LIBRARY, "patches")
+    ]
+    set_up = [node.lineno for node in tree(path).body if ast.unparse(node) == OWN_ROOT]
+    assert not own or (set_up and set_up[0] < min(own)), f"lacks {OWN_ROOT} before its imports"
 
 
 def megatron_behind(module: str) -> bool:

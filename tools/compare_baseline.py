@@ -8,6 +8,9 @@ import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_glm.errors import exit_with_one_line
 from megatron_glm.training.log_lines import read_losses
 
 
@@ -32,11 +35,12 @@ def main() -> None:
         "--baseline", type=Path, required=True, help="what tools/measure_unigram.py wrote"
     )
     args = parser.parse_args()
-    with args.log.open(errors="replace") as lines:
-        _, valid = read_losses(lines)
-    last = {name: curve[max(curve)] for name, curve in valid.items() if curve}
-    table, is_better = compare(last, json.loads(args.baseline.read_text()))
-    print(table)
+    with exit_with_one_line():
+        with args.log.open(errors="replace") as lines:
+            _, valid = read_losses(lines)
+        last = {name: curve[max(curve)] for name, curve in valid.items() if curve}
+        table, is_better = compare(last, json.loads(args.baseline.read_text()))
+        print(table)
     if not is_better:
         sys.exit(f"compare_baseline: {args.log}: not below the unigram model in every objective")
 

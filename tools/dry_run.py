@@ -32,10 +32,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 
 from megatron_glm.arguments import (  # noqa: E402
     add_glm_arguments,
-    exit_with_one_line,
     fill_derived,
     pin_padded_vocab_size,
 )
+from megatron_glm.errors import exit_with_one_line  # noqa: E402
 from megatron_glm.flag_rules import check_flags  # noqa: E402
 from megatron_glm.model.config import GLMModelConfig, GLMTransformerConfig  # noqa: E402
 from megatron_glm.model.glm_model import GLMModelBuilder  # noqa: E402
@@ -85,7 +85,7 @@ def main() -> None:
     os.environ |= {"WORLD_SIZE": str(known.world_size), "RANK": "0"}
     args = parse_args(add_glm_arguments)
     # Megatron prints every flag with its value.
-    with exit_with_one_line(args, AssertionError), contextlib.redirect_stdout(io.StringIO()):
+    with exit_with_one_line(AssertionError), contextlib.redirect_stdout(io.StringIO()):
         check_flags(args)
         fill_derived(args)
         validate_args(args)

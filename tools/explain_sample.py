@@ -31,7 +31,6 @@ with contextlib.redirect_stdout(io.StringIO()):
 
 import numpy as np  # noqa: E402
 from megatron.core.datasets.utils import Split  # noqa: E402
-from megatron.core.dist_checkpointing import load_common_state_dict  # noqa: E402
 from megatron.training.arguments import parse_args  # noqa: E402
 
 from megatron_glm.arguments import (  # noqa: E402
@@ -39,21 +38,23 @@ from megatron_glm.arguments import (  # noqa: E402
     check_tokenizer_flags,
     fill_derived,
 )
+from megatron_glm.checkpoint.megatron import MegatronCheckpoint  # noqa: E402
 from megatron_glm.data.builder import MixedDataset, train_valid_test_datasets  # noqa: E402
 from megatron_glm.data.config import DataError, dataset_config_from_args  # noqa: E402
 from megatron_glm.data.sample_view import render, sample_rows, view_sequence  # noqa: E402
 from megatron_glm.data.statistics import measure  # noqa: E402
 from megatron_glm.data.tokenizer import build_tokenizer  # noqa: E402
-from megatron_glm.errors import GLMError  # noqa: E402
+from megatron_glm.errors import exit_with_one_line  # noqa: E402
 
 
 def args_of_run(directory: Path) -> argparse.Namespace:
     """The flags that the last checkpoint in a directory was saved with."""
-    tracker = directory / "latest_checkpointed_iteration.txt"
-    if not tracker.is_file():
-        raise DataError(f"--run {directory}: no {tracker.name} in it; give the run's --save")
-    checkpoint = directory / f"iter_{int(tracker.read_text()):07d}"
-    return load_common_state_dict(str(checkpoint))["args"]
+    args = MegatronCheckpoint(directory).args
+    if not hasattr(args, "data_path"):
+        raise DataError(
+            f"--run {directory}: was converted, so it knows no data; give the flags of the data"
+        )
+    return args
 
 
 def build_dataset(args: argparse.Namespace, split: Split) -> tuple[MixedDataset, object]:
@@ -143,14 +144,12 @@ def main() -> None:
     logging.getLogger("megatron.core").setLevel(logging.WARNING)
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1"}
     sys.argv[1:] = rest
-    # Megatron announces what it understood; what this prints may be read by a program.
-    with contextlib.redirect_stdout(sys.stderr):
-        try:
+    with exit_with_one_line():
+        # Megatron announces what it understood; what this prints may be read by a program.
+        with contextlib.redirect_stdout(sys.stderr):
             args = args_of_run(own.run) if own.run else parse_args(add_glm_arguments)
             text = explain(own, args)
-        except (GLMError, FileNotFoundError) as error:
-            sys.exit(f"explain_sample: {error}")
-    print(text)
+        print(text)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,10 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_glm.errors import GLMError, exit_with_one_line
+
 DOCUMENT_SUFFIXES = {".rst", ".md", ".txt"}
 MIN_CHARACTERS = 200
 # Shorter paragraphs ("Returns:", a heading) are always kept: without them text loses its form.
@@ -204,14 +208,15 @@ def main() -> None:
     if not 0 < args.valid_ratio < 1:
         parser.error(f"--valid-ratio {args.valid_ratio} must lie between 0 and 1")
 
-    documents = gather(roots, int(args.max_megabytes * 1e6))
-    written = write_parts(documents, args.output_dir, args.valid_ratio)
-    if not all(count for count, _ in written.values()):
-        where = ", ".join(map(str, roots))
-        sys.exit(f"gather_text: too little text below {where}: name more folders with --root")
-    for part, (count, size) in written.items():
-        path = args.output_dir / f"{part}.jsonl"
-        print(f"{path}: {count:,} documents, {size / 1e6:.1f} MB", flush=True)
+    with exit_with_one_line():
+        documents = gather(roots, int(args.max_megabytes * 1e6))
+        written = write_parts(documents, args.output_dir, args.valid_ratio)
+        if not all(count for count, _ in written.values()):
+            where = " ".join(map(str, roots))
+            raise GLMError(f"--root {where}: too little text below; name more folders")
+        for part, (count, size) in written.items():
+            path = args.output_dir / f"{part}.jsonl"
+            print(f"{path}: {count:,} documents, {size / 1e6:.1f} MB", flush=True)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from megatron_glm.data.tokenizer import (  # noqa: E402
     TOKENIZER_TYPES,
     build_tokenizer,
 )
-from megatron_glm.errors import GLMError  # noqa: E402
+from megatron_glm.errors import GLMError, exit_with_one_line  # noqa: E402
 from megatron_glm.inference.generation import Filler, run  # noqa: E402
 from megatron_glm.inference.layout import Layout, default_device, process_group  # noqa: E402
 from megatron_glm.inference.loading import load_filler  # noqa: E402
@@ -210,13 +210,8 @@ def run_tool(args: argparse.Namespace, device: torch.device) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
-    try:
+    with exit_with_one_line():
         generate(args)
-    except GLMError as error:
-        print(f"generate.py: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -7,22 +7,25 @@ same text, <eop> included. The unigram model knows how often each token is a tar
 nothing else; counts are smoothed by adding one.
 """
 
-import patches
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import patches  # noqa: E402
 
 patches.apply()
 
-import argparse  # noqa: E402
-import json  # noqa: E402
-import sys  # noqa: E402
-from collections.abc import Iterable, Mapping  # noqa: E402
-from pathlib import Path  # noqa: E402
-
 import numpy as np  # noqa: E402
 
-from megatron_glm.arguments import exit_with_one_line, parse_glm_args  # noqa: E402
+from megatron_glm.arguments import parse_glm_args  # noqa: E402
 from megatron_glm.data.builder import train_valid_test_datasets  # noqa: E402
 from megatron_glm.data.config import dataset_config_from_args, objective_names  # noqa: E402
 from megatron_glm.data.tokenizer import build_tokenizer  # noqa: E402
+from megatron_glm.errors import GLMError, exit_with_one_line  # noqa: E402
 
 
 def count_targets(
@@ -59,22 +62,33 @@ def main() -> None:
     )
     own, sys.argv[1:] = parser.parse_known_args()
 
-    args = parse_glm_args(set_up_tokenizer)
-    with exit_with_one_line(args):
-        config = dataset_config_from_args(args, args.glm_tokenizer)
-        held_out_sequences = args.eval_iters * args.eval_global_batch_size
-        sizes = [own.train_sequences, held_out_sequences, 0]
-        train, valid, _ = train_valid_test_datasets(config, sizes, lambda: True)
-    vocab_size = args.glm_tokenizer.vocab_size
-    train = count_targets((train[i] for i in range(len(train))), vocab_size)
-    valid = count_targets((valid[i] for i in range(len(valid))), vocab_size)
-    losses = {
-        name: unigram_loss(train[objective], valid[objective])
-        for objective, name in objective_names(args).items()
-    }
-    own.output.write_text(json.dumps(losses, indent=1) + "\n")
+    with exit_with_one_line():
+        losses = measure(parse_glm_args(set_up_tokenizer), own.train_sequences)
+        own.output.write_text(json.dumps(losses, indent=1) + "\n")
     for name, loss in losses.items():
         print(f"unigram model, {name}: {loss:.3f} nats per token")
+
+
+def measure(args: argparse.Namespace, train_sequences: int) -> dict[str, float]:
+    """Objective -> nats per held-out target of a run. train_sequences: those to count in."""
+    config = dataset_config_from_args(args, args.glm_tokenizer)
+    sizes = [train_sequences, args.eval_iters * args.eval_global_batch_size, 0]
+    *parts, _ = train_valid_test_datasets(config, sizes, lambda: True)
+    if None in parts:
+        raise GLMError("--split or --valid-data-path: there is no held-out data; give it a share")
+    counts = [
+        count_targets((part[i] for i in range(len(part))), args.glm_tokenizer.vocab_size)
+        for part in parts
+    ]
+    losses = {}
+    for objective, name in objective_names(args).items():
+        if not all(objective in part for part in counts):
+            raise GLMError(
+                f"--train-sequences {train_sequences} --eval-iters {args.eval_iters}: no {name} "
+                "target among so few sequences; give more"
+            )
+        losses[name] = unigram_loss(*(part[objective] for part in counts))
+    return losses
 
 
 def set_up_tokenizer(args: argparse.Namespace):

@@ -8,6 +8,8 @@ import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -15,6 +17,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 from megatron_glm.data.blank_infilling import OBJECTIVE_NAMES  # noqa: E402
+from megatron_glm.errors import GLMError, exit_with_one_line  # noqa: E402
 from megatron_glm.training.log_lines import read_losses  # noqa: E402
 
 
@@ -71,12 +74,13 @@ def main() -> None:
         "--baseline", type=Path, help="what tools/measure_unigram.py wrote, to draw as level lines"
     )
     args = parser.parse_args()
-    with args.log.open(errors="replace") as lines:
-        train, valid = read_losses(lines)
-    if not train:
-        sys.exit(f"plot_losses: {args.log} reports no losses: is it the log of pretrain_glm.py?")
-    baseline = json.loads(args.baseline.read_text()) if args.baseline else {}
-    draw(train, valid, baseline, args.output)
+    with exit_with_one_line():
+        with args.log.open(errors="replace") as lines:
+            train, valid = read_losses(lines)
+        if not train:
+            raise GLMError(f"{args.log}: reports no losses; give what pretrain_glm.py printed")
+        baseline = json.loads(args.baseline.read_text()) if args.baseline else {}
+        draw(train, valid, baseline, args.output)
 
 
 if __name__ == "__main__":

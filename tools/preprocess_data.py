@@ -11,6 +11,9 @@ at any moment, the same command goes on where it was and ends with the same byte
 import argparse
 import os
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
 
@@ -20,7 +23,7 @@ from megatron_glm.data.preprocessing.inputs import FORMATS, InputFile, find_inpu
 from megatron_glm.data.preprocessing.output import REJECTS, Output
 from megatron_glm.data.preprocessing.run import run
 from megatron_glm.data.preprocessing.snapshot import Snapshot
-from megatron_glm.errors import GLMError
+from megatron_glm.errors import GLMError, exit_with_one_line
 
 # tqdm's monitor thread would be there when the workers are forked.
 tqdm.monitor_interval = 0
@@ -136,12 +139,8 @@ def advance(bar: tqdm, now: Snapshot) -> None:
 
 def main() -> None:
     args = parse_args()
-    try:
+    with exit_with_one_line(after_interrupt="the same command goes on from here"):
         preprocess(args)
-    except GLMError as error:
-        sys.exit(f"preprocess_data.py: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("preprocess_data.py: interrupted; the same command goes on from here")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from megatron_glm.data.blank_infilling import OBJECTIVE_NAMES
 from megatron_glm.training.log_lines import LogLine, read_line
 

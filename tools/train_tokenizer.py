@@ -13,13 +13,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from tqdm import tqdm
 
 from megatron_glm.data.codecs.training import train_byte_level_bpe, train_sentence_piece
 from megatron_glm.data.preprocessing.blocks import Cursor, read_blocks
 from megatron_glm.data.preprocessing.documents import Document, read_documents
 from megatron_glm.data.preprocessing.inputs import FORMATS, find_inputs
-from megatron_glm.errors import GLMError
+from megatron_glm.errors import GLMError, exit_with_one_line
 
 TRAINERS = {
     "HuggingFaceTokenizer": train_byte_level_bpe,
@@ -89,10 +91,8 @@ def train(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parse_args()
-    try:
+    with exit_with_one_line():
         train(args)
-    except GLMError as error:
-        sys.exit(f"train_tokenizer.py: error: {error}")
 
 
 if __name__ == "__main__":

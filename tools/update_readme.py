@@ -7,7 +7,10 @@ Says nothing of its own: the tree repeats the first line of each file, the table
 
 import ast
 import re
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from patches import Patch, load
 

@@ -36,7 +36,7 @@ from megatron_glm.checkpoint.verify import (  # noqa: E402
     random_cases,
     run_reference,
 )
-from megatron_glm.errors import GLMError  # noqa: E402
+from megatron_glm.errors import exit_with_one_line  # noqa: E402
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -181,11 +181,8 @@ def verify(args: argparse.Namespace) -> bool:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
-    try:
+    with exit_with_one_line():
         good = verify(args)
-    except GLMError as error:
-        print(f"verify_checkpoint.py: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
     raise SystemExit(0 if good else 1)
 
 

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_glm.checkpoint.megatron import MegatronCheckpoint
 from megatron_glm.data.blank_infilling import gmask_sample
 from megatron_glm.data.packing import pack_samples
+from tests.checkpoint.building import MemorySource, write_megatron
 from tests.data.test_packing import SPECIAL, visible
 from tools import explain_sample
 
@@ -69,24 +71,27 @@ def test_flags_may_come_from_a_run(explain, flags, tmp_path, monkeypatch):
     plain = explain("--index", "5", *flags)
     monkeypatch.setattr(sys, "argv", ["pretrain_glm.py", *flags])
     saved = explain_sample.parse_args(explain_sample.add_glm_arguments)
-    folder = tmp_path / "iter_0000020"
-    folder.mkdir()
-    torch.save({"args": saved}, folder / "common.pt")
-    (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("20")
-    assert explain("--index", "5", "--run", tmp_path) == plain
+    run = write_megatron(tmp_path / "run", MemorySource(), iteration=20)
+    saved.glm_settings = MegatronCheckpoint(run).args.glm_settings
+    torch.save({"args": saved}, run / "iter_0000020" / "common.pt")
+    assert explain("--index", "5", "--run", run) == plain
 
 
 @pytest.mark.parametrize("changes, message", [
     (["--of", "test"], "--of test: the flags give that split no data"),
     (["--data-path", "nowhere"], "nowhere.idx: no such file"),
-    (["--run", "nowhere"], "--run nowhere: no latest_checkpointed_iteration.txt"),
-])
-def test_what_cannot_be_shown_is_said_in_one_line(explain, flags, changes, message):
+    (["--run", "nowhere"], "nowhere/latest_checkpointed_iteration.txt: cannot be read"),
+    (["--run", "{converted}"], "was converted, so it knows no data"),
+])  # fmt: skip
+def test_what_cannot_be_shown_is_said_in_one_line(
+    explain, flags, changes, message, tmp_path, capsys
+):
+    converted = write_megatron(tmp_path / "converted", MemorySource())
     with pytest.raises(SystemExit) as caught:
-        explain(*flags, *changes)
-    assert str(caught.value.code).startswith("explain_sample: ")
-    assert message in str(caught.value.code) and "\n" not in str(caught.value.code)
+        explain(*flags, *(change.format(converted=converted) for change in changes))
+    assert caught.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("explain_sample.py: error: ") and message in error
 
 
 def test_what_each_token_sees_is_the_rule_spelled_out():

@@ -98,5 +98,5 @@ def test_too_little_text_is_an_error_that_leaves_no_file(tmp_path):
     (tmp_path / "empty").mkdir()
     command = [sys.executable, TOOL, "--root", tmp_path / "empty", "--output-dir", tmp_path]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 1 and "--root" in result.stderr
+    assert result.returncode == 2 and "--root" in result.stderr
     assert not list(tmp_path.glob("*.jsonl"))

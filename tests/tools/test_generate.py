@@ -158,6 +158,11 @@ def test_the_server_answers_until_it_is_interrupted(folder):
             process.kill()
 
 
+@pytest.fixture(autouse=True)
+def command_line(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["generate.py"])
+
+
 def fails(capsys, *arguments):
     with pytest.raises(SystemExit) as raised:
         generate.main(list(arguments))

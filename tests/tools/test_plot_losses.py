@@ -60,5 +60,5 @@ def test_a_log_without_losses_is_an_error(tmp_path):
     log.write_text("nothing here\n")
     command = [sys.executable, TOOL, log, "--output", tmp_path / "plot.png"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 1 and str(log) in result.stderr
+    assert result.returncode == 2 and str(log) in result.stderr
     assert not (tmp_path / "plot.png").exists()

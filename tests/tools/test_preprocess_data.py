@@ -175,7 +175,7 @@ def test_too_many_rejects_stop_the_run_and_a_larger_number_goes_on(tool, tmp_pat
     path.write_text("\n".join(lines))
     for _ in range(2):
         result = tool("--input", path, "--max-rejects", 3)
-        assert result.code == 1
+        assert result.code == 2
         assert "--max-rejects 3: " in result.output
         assert f"{path} line " in result.output
         assert not list(tmp_path.glob("out*.bin"))
@@ -225,7 +225,7 @@ def test_errors_name_the_flag(tool, tmp_path, monkeypatch, argv, message):
     pyarrow.parquet.write_table(pyarrow.table({"content": ["x"]}), tmp_path / "b.parquet")
     argv = [tmp_path / a if (tmp_path / a).exists() else a for a in argv]
     result = tool(*argv, "--max-rejects", 1)
-    assert result.code == 1
+    assert result.code == 2
     assert message in result.output
     assert "Traceback" not in result.output
     assert not list(tmp_path.glob("out*.idx"))

@@ -38,7 +38,7 @@ def test_finished_work_is_not_done_again_and_never_overwritten(tool, tmp_path, t
     before = output_files(tmp_path)
     assert "already complete" in tool("--input", path).output
     result = tool("--input", path, "--append-eod")
-    assert result.code == 1
+    assert result.code == 2
     assert "exists and comes from another run" in result.output
     assert {k: v for k, v in output_files(tmp_path).items()} == before
     assert tool("--input", path, "--append-eod", "--overwrite").code == 0
@@ -108,7 +108,7 @@ def test_killed_run_leaves_no_worker_behind_and_no_lock(tool, tmp_path, model, t
     wait_for(lambda: len(workers_of(process.pid)) == 2)
     workers = workers_of(process.pid)
     second = tool(*argv)
-    assert second.code == 1
+    assert second.code == 2
     assert "another process is writing it" in second.output
     os.kill(process.pid, signal.SIGKILL)
     process.join()
@@ -123,7 +123,7 @@ def test_killed_worker_is_reported_and_the_run_goes_on(tool, tmp_path, model, te
     wait_for(lambda: len(workers_of(process.pid)) == 2)
     os.kill(int(workers_of(process.pid)[0]), signal.SIGKILL)
     process.join()
-    assert process.exitcode == 1
+    assert process.exitcode == 2
     assert "a worker was killed" in log.read_text()
     assert tool(*argv).code == 0
 
@@ -133,7 +133,7 @@ def test_other_settings_or_inputs_do_not_go_on_with_an_interrupted_run(tool, tmp
     second = write_jsonl(tmp_path / "b.jsonl", texts[100:])
     interrupt(tool, tmp_path, ["--input", first, second])
     result = tool("--input", first, second, "--append-eod")
-    assert result.code == 1
+    assert result.code == 2
     assert "whose append_eod was False and not True" in result.output
     assert tool("--input", first, second, "--append-eod", "--overwrite").code == 0
     shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)
@@ -145,7 +145,7 @@ def test_other_settings_or_inputs_do_not_go_on_with_an_interrupted_run(tool, tmp
     (tmp_path / "out.partial" / "state.json").write_text(json.dumps(state))
     write_jsonl(first, texts[:99])
     result = tool("--input", first, second)
-    assert result.code == 1
+    assert result.code == 2
     assert "are others or have changed" in result.output
     result = tool("--input", first, second, "--overwrite")
     assert result.code == 0, result.output
@@ -160,7 +160,7 @@ def test_full_disk_is_named_and_the_run_goes_on(tool, tmp_path, texts, num_bytes
     for path in tmp_path.glob("out*"):
         path.unlink()
     result = tool(*argv, setup=fill_the_disk, setup_args=(num_bytes,))
-    assert result.code == 1
+    assert result.code == 2
     assert "cannot be written" in result.output
     assert "Traceback" not in result.output and "ignored" not in result.output
     assert tool(*argv).code == 0
@@ -177,7 +177,7 @@ def test_a_repaired_file_is_read_anew_and_earlier_ones_are_kept(tool, tmp_path, 
     compressed = second.read_bytes()
     second.write_bytes(compressed[: len(compressed) * 3 // 4])
     result = tool("--input", first, second)
-    assert result.code == 1
+    assert result.code == 2
     assert f"--input {second}: cannot be read to its end" in result.output
     state = json.loads((tmp_path / "out.partial" / "state.json").read_text())
     assert state["now"]["cursor"][0] == 1

@@ -56,7 +56,7 @@ def test_the_same_text_gives_the_same_tokenizer(corpus, tmp_path, kind):
 @pytest.mark.parametrize("vocab_size", [200, 10_000_000])
 def test_impossible_sizes_name_the_flag(corpus, tmp_path, kind, vocab_size):
     result = train(corpus, tmp_path, kind, vocab_size)
-    assert result.code == 1
+    assert result.code == 2
     assert f"--vocab-size {vocab_size}: " in result.output
     assert "Traceback" not in result.output
     assert not list((tmp_path).glob("new/*"))
