@@ -19,36 +19,10 @@ from megatron_glm.checkpoint.settings import Settings
 from megatron_glm.inference.kv_cache import KVCache
 from megatron_glm.inference.layout import Layout
 from megatron_glm.inference.weights import Weights
-from megatron_glm.model.rotary import rotary_angles
+from megatron_glm.model.rotary import RotaryTable, rotate
 
 # Tokens that are read at a time, for activations to stay small beside the weights.
 PREFILL_TOKENS = 8192
-_ANGLE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-
-
-class Rotary:
-    """Cosines and sines by position: a table of what `rotary_angles` gives, gathered.
-
-    Gathering keeps the rounding of fp16 angles, which compilers drop when it is computed in a
-    graph.
-    """
-
-    def __init__(self, head_dim: int, angle_dtype: str, num_positions: int, device: torch.device):
-        positions = torch.arange(num_positions)[None]
-        angles = rotary_angles(positions, head_dim, ROTARY_BASE, _ANGLE_DTYPES[angle_dtype])
-        table = torch.stack((angles.cos(), angles.sin())).float()
-        self._table = table.view(2, num_positions, head_dim).to(device)
-
-    def __call__(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """fp32 [2, t, 1, 1, d] for positions [t]."""
-        return self._table[:, position_ids, None, None]
-
-
-def rotate(x: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
-    """Rotates [t, n, ..., d] by halves, in fp32: dimension i with i + d/2."""
-    cos, sin = tables
-    first, second = x.float().chunk(2, dim=-1)
-    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
 class Norm:
@@ -89,11 +63,11 @@ class Layer:
         """Memory of the linear layers' weights."""
         return sum(part.num_bytes for part in (self.qkv, self.proj, self.fc1, self.fc2))
 
-    def __call__(self, x: torch.Tensor, tables: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """Hidden states [t, h] to the same; tables: what `Rotary` gives for their positions."""
+    def __call__(self, x: torch.Tensor, rotation: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """Hidden states [t, h] to the same; rotation: of their positions, fp32 [t, 1, 1, d]."""
         a = self.input_norm(x)
         qkv = self.qkv(a).unflatten(-1, (-1, 3, self.head_dim))
-        query, key = rotate(qkv[:, :, :2], tables).unbind(2)
+        query, key = rotate(qkv[:, :, :2].float(), rotation).to(qkv.dtype).unbind(2)
         attention = attend(query, key, qkv[:, :, 2]).flatten(1)
         h = self.layout.reduce(self.proj(attention)).add_(a, alpha=self.alpha)
         m = self.mlp_norm(h)
@@ -114,8 +88,8 @@ class Engine:
         self.head_dim = dimensions.hidden_size // dimensions.num_attention_heads
         self.num_heads = dimensions.num_attention_heads // layout.tp_size
         self.dtype, self.device = weights.dtype, weights.device
-        self._rotary = Rotary(
-            self.head_dim, settings.rotary_angle_dtype, settings.seq_length, weights.device
+        self._rotary = RotaryTable(
+            settings.seq_length, self.head_dim, ROTARY_BASE, settings.rotary_angle_dtype
         )
         self.layers = [
             Layer(weights, number, layout) for number in layout.layers(dimensions.num_layers)
@@ -200,14 +174,14 @@ class Engine:
         """Hidden states [t, h] behind this stage's layers for tokens [t] at positions [t].
 
         attend: an `Attend` that takes the layer's number within the stage first."""
-        tables = self._rotary(position_ids)
+        rotation = self._rotary(position_ids[None])
         if self.layout.is_first_stage:
             x = self._embed(tokens)
         else:
             shape = (len(tokens), self.settings.dimensions.hidden_size)
             x = self.layout.receive(torch.empty(shape, dtype=self.dtype, device=self.device))
         for number, layer in enumerate(self.layers):
-            x = layer(x, tables, partial(attend, number))
+            x = layer(x, rotation, partial(attend, number))
         if not self.layout.is_last_stage:
             self.layout.send(x)
         return x

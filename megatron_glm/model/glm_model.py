@@ -20,13 +20,11 @@ from megatron.training.models.gpt import GPTModelBuilder
 from megatron_glm.model.attention.conformance import check_backend
 from megatron_glm.model.embedding import GradientShrink, shrink_alpha
 from megatron_glm.model.layer_spec import glm_block_spec
-from megatron_glm.model.rotary import rotary_angles
+from megatron_glm.model.rotary import RotaryTable
 from megatron_glm.model.weight_gradient import provide_weight_gradient_kernels
 
 # It tells users of GPTModel to move to another class, at every start and on every stage.
 logging.getLogger(GPTModel.__module__).setLevel(logging.ERROR)
-
-ANGLE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 class GLMModel(GPTModel):
@@ -41,6 +39,12 @@ class GLMModel(GPTModel):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.rotary_table = RotaryTable(
+            self.max_sequence_length,
+            self.config.kv_channels,
+            self.rotary_base,
+            self.config.rotary_angle_dtype,
+        )
         self.gradient_shrink = None
         if self.pre_process or self.post_process:
             # A fused weight gradient goes around autograd and so around the shrink.
@@ -59,13 +63,7 @@ class GLMModel(GPTModel):
         decoder_input, _, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
         # Full length under sequence parallelism too: queries and keys are gathered before they
         # are rotated.
-        angles = rotary_angles(
-            position_ids,
-            self.config.kv_channels,
-            self.rotary_base,
-            ANGLE_DTYPES[self.config.rotary_angle_dtype],
-        )
-        return decoder_input, angles, *rest
+        return decoder_input, self.rotary_table(position_ids), *rest
 
 
 def check_mask_conformance(

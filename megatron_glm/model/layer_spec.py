@@ -5,7 +5,7 @@ from functools import partial
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerLayer, TransformerLayerSubmodules
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import (
@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_block import (
 )
 
 from megatron_glm.model.attention.core_attention import PrefixAttention
+from megatron_glm.model.attention.self_attention import RotarySelfAttention
 from megatron_glm.model.config import GLMTransformerConfig
 from megatron_glm.model.deepnorm import (
     DeepNormLayerNorm,
@@ -32,7 +33,7 @@ def glm_layer_spec() -> ModuleSpec:
         submodules=TransformerLayerSubmodules(
             input_layernorm=DeepNormLayerNorm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=RotarySelfAttention,
                 params={"attn_mask_type": AttnMaskType.arbitrary},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=with_init(ColumnParallelLinear, query_key_value_init),

@@ -1,0 +1,99 @@
+"""Rotary positions in the mixed projection, under Triton's interpreter, against torch in fp64."""
+
+# isort: off
+import tests.model.attention.interpreter  # noqa: F401  before anything imports Triton
+
+import pytest
+import torch
+
+from megatron_glm.model.fused.rotary import rotate_query_key_
+from megatron_glm.model.rotary import RotaryTable, rotate_query_key
+
+NUM_POSITIONS = 2048
+# Times the largest of the exact result: what the last rounding may cost. The interpreter truncates
+# where it should round to bf16, so that there it may cost twice as much.
+TOLERANCES = {torch.float32: 2**-23, torch.float16: 2**-11, torch.bfloat16: 2**-7}
+# s, b, n, d: heads that fill no tile, several tiles of heads, halves that are no power of two.
+SHAPES = [(5, 2, 3, 16), (3, 1, 20, 128), (4, 3, 5, 24)]
+
+
+def inputs(shape, dtype, angle_dtype="fp32"):
+    """Mixed projection, rotation by repeating positions, gradients as attention lays them out."""
+    seq_length, batch, heads, dim = shape
+    torch.manual_seed(0)
+    position_ids = torch.randint(NUM_POSITIONS, (batch, seq_length))
+    position_ids[:, 1] = position_ids[:, 0]
+    rotation = RotaryTable(NUM_POSITIONS, dim, 10000.0, angle_dtype)(position_ids)
+    mixed = torch.randn(seq_length, batch, heads, 3 * dim).to(dtype)
+    contiguous = torch.randn(seq_length, batch, heads, dim).to(dtype)
+    by_head = torch.randn(batch, heads, seq_length, dim).to(dtype).permute(2, 0, 1, 3)
+    not_dense = torch.randn(seq_length, batch, dim, heads).to(dtype).mT
+    return mixed, rotation, (contiguous, by_head, not_dense)
+
+
+def run(function, mixed, rotation, grads):
+    """Query, key and value, and the gradient of `mixed`."""
+    leaf = mixed.clone().requires_grad_()
+    out = function(leaf * 1, rotation)
+    torch.autograd.backward(out, grads)
+    return *(x.detach() for x in out), leaf.grad
+
+
+@pytest.mark.parametrize("angle_dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_both_passes_equal_torch_in_fp64(shape, dtype, angle_dtype):
+    mixed, rotation, grads = inputs(shape, dtype, angle_dtype)
+    exact = run(
+        rotate_query_key, mixed.double(), rotation.double(), [grad.double() for grad in grads]
+    )
+    for actual, expected in zip(
+        run(rotate_query_key_, mixed, rotation, grads), exact, strict=True
+    ):
+        assert actual.dtype == dtype
+        error = (actual.double() - expected).abs().max()
+        assert error <= TOLERANCES[dtype] * expected.abs().max()
+
+
+def test_the_rotation_is_closer_to_fp64_than_one_in_the_dtype_of_the_queries():
+    mixed, rotation, grads = inputs(SHAPES[1], torch.float16)
+    exact = rotate_query_key(mixed.double(), rotation.double())[0]
+    rounded = rotate_query_key(mixed, rotation)[0]
+    fused = rotate_query_key_(mixed.clone(), rotation)[0]
+    assert (fused - exact).norm() < 0.65 * (rounded - exact).norm()
+
+
+def test_nothing_is_copied_and_only_the_rotation_is_kept():
+    mixed, rotation, grads = inputs(SHAPES[0], torch.float32)
+    leaf = mixed.clone().requires_grad_()
+    made = leaf * 1
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda x: x):
+        out = rotate_query_key_(made, rotation)
+    assert [x.data_ptr() for x in kept] == [rotation.data_ptr()]
+    storages = {x.untyped_storage().data_ptr() for x in out}
+    assert storages == {made.untyped_storage().data_ptr()}
+
+
+def test_who_kept_the_projection_learns_that_it_was_overwritten():
+    mixed, rotation, grads = inputs(SHAPES[0], torch.float32)
+    made = mixed.requires_grad_().exp()
+    out = rotate_query_key_(made, rotation)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.backward(out, grads)
+
+
+def test_the_views_must_not_be_changed_in_place():
+    mixed, rotation, _ = inputs(SHAPES[0], torch.float32)
+    query, _, _ = rotate_query_key_(mixed.requires_grad_() * 1, rotation)
+    with pytest.raises(RuntimeError, match="is being modified inplace"):
+        query.mul_(2)
+
+
+def test_a_second_derivative_is_refused():
+    mixed, rotation, _ = inputs(SHAPES[0], torch.float32)
+    leaf = mixed.requires_grad_()
+    query, _, _ = rotate_query_key_(leaf * 1, rotation)
+    (grad,) = torch.autograd.grad(query.square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
