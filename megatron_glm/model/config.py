@@ -53,6 +53,11 @@ class GLMArchitecture:
     """Run what lies between matrix products in Triton kernels that pass over memory once each way,
     where the model is on a GPU. Without it, and on a CPU, torch's own operations run."""
 
+    transformer_impl: Literal["local", "transformer_engine"] = "local"
+    """Whose linears the layers are made of: Megatron's own, or Transformer Engine's where it is
+    installed. Attention, norms and rotary positions are GLM's own with either, and checkpoints
+    pass from one to the other. Not taken by itself: which is faster has not been measured yet."""
+
     def __post_init__(self):
         if not self.deepnorm:
             raise ValueError(

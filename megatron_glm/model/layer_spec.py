@@ -3,7 +3,6 @@
 from functools import partial
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerLayer, TransformerLayerSubmodules
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -24,10 +23,11 @@ from megatron_glm.model.deepnorm import (
     query_key_value_init,
     with_init,
 )
+from megatron_glm.model.linears import Linears, select_linears
 
 
-def glm_layer_spec() -> ModuleSpec:
-    """Spec of one GLM layer on Megatron's own linears (no Transformer Engine)."""
+def glm_layer_spec(linears: Linears) -> ModuleSpec:
+    """Spec of one GLM layer made of `linears`; all else is the same whatever these are."""
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -36,9 +36,9 @@ def glm_layer_spec() -> ModuleSpec:
                 module=RotarySelfAttention,
                 params={"attn_mask_type": AttnMaskType.arbitrary},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=with_init(ColumnParallelLinear, query_key_value_init),
+                    linear_qkv=with_init(linears.column, query_key_value_init),
                     core_attention=PrefixAttention,
-                    linear_proj=with_init(RowParallelLinear, attention_output_init),
+                    linear_proj=with_init(linears.row, attention_output_init),
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
@@ -46,8 +46,8 @@ def glm_layer_spec() -> ModuleSpec:
             mlp=partial(
                 MLP.as_mlp_submodule,
                 submodules=MLPSubmodules(
-                    linear_fc1=with_init(ColumnParallelLinear, feed_forward_init),
-                    linear_fc2=with_init(RowParallelLinear, feed_forward_init),
+                    linear_fc1=with_init(linears.column, feed_forward_init),
+                    linear_fc2=with_init(linears.row, feed_forward_init),
                 ),
             ),
             mlp_bda=get_bias_dropout_add,
@@ -63,7 +63,8 @@ def glm_block_spec(
     The whole block rather than a layer is handed over because a bare layer spec makes Megatron
     choose the final norm itself, one that refuses sequence parallelism.
     """
+    linears = select_linears(config.transformer_impl)
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     return TransformerBlockSubmodules(
-        layer_specs=[glm_layer_spec() for _ in range(num_layers)], layer_norm=LayerNorm
+        layer_specs=[glm_layer_spec(linears) for _ in range(num_layers)], layer_norm=LayerNorm
     )
