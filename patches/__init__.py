@@ -22,11 +22,11 @@ _applied: list[str] = []
 def load() -> dict[str, Patch]:
     """Every patch by the name of its file, in the order in which they are applied.
 
-    Those of torch come first: some have to stand before Megatron is imported.
+    Those of torch and Python come first: they have to stand before Megatron is imported.
     """
     names = [m.name for m in pkgutil.iter_modules(__path__) if m.name.startswith(("cpu_", "fix_"))]
     found = {name: importlib.import_module(f"patches.{name}").PATCH for name in names}
-    return dict(sorted(found.items(), key=lambda item: not _is_torch_only(item[1])))
+    return dict(sorted(found.items(), key=lambda item: _is_of_megatron(item[1])))
 
 
 def apply() -> list[str]:
@@ -49,8 +49,8 @@ def apply() -> list[str]:
     with warnings.catch_warnings():
         # At its import Megatron says ten times that it goes without Transformer Engine and Apex.
         warnings.simplefilter("ignore")
-        for torch_only in (True, False):
-            _install({n: p for n, p in needed.items() if _is_torch_only(p) is torch_only})
+        for of_megatron in (False, True):
+            _install({n: p for n, p in needed.items() if _is_of_megatron(p) is of_megatron})
     if os.environ.get("RANK", "0") == "0":
         logger.info("patches applied: %s", ", ".join(_applied))
     return list(_applied)
@@ -65,5 +65,5 @@ def _install(stage: dict[str, Patch]) -> None:
         _applied.append(name)
 
 
-def _is_torch_only(patch: Patch) -> bool:
-    return all(target.path.startswith("torch") for target in patch.targets)
+def _is_of_megatron(patch: Patch) -> bool:
+    return any(target.path.startswith("megatron") for target in patch.targets)

@@ -2,7 +2,9 @@
 
 import hashlib
 import importlib
+import importlib.util
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -12,6 +14,8 @@ import torch
 from packaging.specifiers import SpecifierSet
 
 SOURCE_DIGITS = 16
+# Packages whose kernels Megatron takes where it can import them.
+FUSED_KERNELS = ("transformer_engine", "apex")
 
 
 class PatchDriftError(RuntimeError):
@@ -114,6 +118,13 @@ def no_gpu() -> bool:
     return not torch.cuda.is_available()
 
 
+def idle_kernels() -> bool:
+    """Whether there are kernels for GPUs, hidden or not, and torch sees none."""
+    return no_gpu() and any(
+        name in sys.modules or importlib.util.find_spec(name) for name in FUSED_KERNELS
+    )
+
+
 def no_fused_adam() -> bool:
     """Whether Megatron will fall back on torch's AdamW.
 
@@ -121,7 +132,7 @@ def no_fused_adam() -> bool:
     would end with a bare AssertionError.
     """
     try:
-        return not (
+        return no_gpu() or not (
             has_module("transformer_engine.pytorch.optimizers") or has_module("apex.optimizers")
         )
     except Exception as error:
@@ -145,6 +156,7 @@ CONDITIONS: dict[str, Callable[[], bool]] = {
     "always": lambda: True,
     "GPU": lambda: not no_gpu(),
     "no GPU": no_gpu,
+    "no GPU, but Transformer Engine or Apex": idle_kernels,
     "no Transformer Engine or Apex": no_fused_adam,
 }
 

@@ -1,6 +1,7 @@
 """Each patch: the fault is there without it and gone with it, and other code is refused."""
 
 import json
+import os
 import subprocess
 import sys
 import types
@@ -8,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import patches
 from patches.__main__ import readme
@@ -69,8 +71,11 @@ def unpatched(tmp_path_factory):
 
 @pytest.mark.parametrize("name", PATCHES)
 def test_the_fault_is_still_there(name, unpatched):
-    if name.startswith("cpu_") and not PATCHES[name].needed():
+    # What a machine with a GPU needs shows without one too.
+    if not PATCHES[name].needed() and PATCHES[name].when != "GPU":
         pytest.skip(f"{name} is for machines with {PATCHES[name].when}")
+    if PATCHES["cpu_transformer_engine"].needed() and name.startswith("fix_distopt_"):
+        pytest.skip(f"{name} is needed because cpu_transformer_engine is applied")
     assert unpatched[1][name] is True, (
         f"{unpatched[1][name]}: delete patches/{name}.py if upstream has cured the fault"
     )
@@ -82,7 +87,8 @@ def test_the_patch_cures_the_fault(name):
 
 
 def test_every_place_where_a_target_is_bound_is_named(unpatched):
-    named = {t.path: {t.path, *t.also} for t in TARGETS if not changes_in_place(t)}
+    of_megatron = [t for t in TARGETS if t.path.startswith("megatron")]
+    named = {t.path: {t.path, *t.also} for t in of_megatron if not changes_in_place(t)}
     assert {p: set(places) for p, places in unpatched[0].items() if p in named and places} == {
         path: places for path, places in named.items() if unpatched[0][path]
     }
@@ -102,11 +108,11 @@ def test_apply_is_idempotent_and_names_what_the_machine_needs():
 
 def test_the_name_says_whether_a_patch_is_for_machines_without_a_gpu():
     for name, patch in PATCHES.items():
-        assert name.startswith("cpu_") == (patch.when == "no GPU"), name
+        assert name.startswith("cpu_") == patch.when.startswith("no GPU"), name
 
 
 def test_a_machine_with_a_gpu_gets_no_cpu_patch(monkeypatch):
-    monkeypatch.setitem(CONDITIONS, "no GPU", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert all(patch.needed() is False for n, patch in PATCHES.items() if n.startswith("cpu_"))
 
 
@@ -116,13 +122,33 @@ def test_with_fused_adam_the_distributed_optimizer_is_left_alone(monkeypatch):
     assert {n for n in PATCHES if n.startswith("fix_distopt_")} <= set(left_alone)
 
 
-def test_a_broken_transformer_engine_gets_a_clear_message(monkeypatch, tmp_path):
+@pytest.fixture
+def broken_transformer_engine(monkeypatch, tmp_path):
+    """One that is found first and raises at its import."""
     package = tmp_path / "transformer_engine"
     package.mkdir()
     (package / "__init__.py").write_text("assert False, 'no transformer-engine-torch'")
     monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == package.name]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_a_broken_transformer_engine_gets_a_clear_message(broken_transformer_engine, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(RuntimeError, match="import fails.*no transformer-engine-torch.*uninstall"):
         CONDITIONS["no Transformer Engine or Apex"]()
+
+
+def test_without_a_gpu_transformer_engine_is_not_even_imported(broken_transformer_engine):
+    program = (
+        "import patches; print(*patches.apply()); from megatron.core import optimizer; "
+        "import torch; assert optimizer.Adam is torch.optim.AdamW"
+    )
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": sys.path[0]}
+    process = python("-c", program, env=environment)
+    assert process.returncode == 0, process.stderr
+    assert "cpu_transformer_engine" in process.stdout.split()
+    assert "fix_distopt_shared_step" in process.stdout.split()
 
 
 def test_apply_after_megatron_is_refused():
