@@ -41,6 +41,7 @@ from megatron_glm.model.config import GLMModelConfig, GLMTransformerConfig  # no
 from megatron_glm.model.glm_model import GLMModel, check_mask_conformance  # noqa: E402
 from megatron_glm.training.batch import Batch, next_batch  # noqa: E402
 from megatron_glm.training.loss import LossParts, token_loss  # noqa: E402
+from megatron_glm.training.optimizer import provide_fused_optimizer  # noqa: E402
 from megatron_glm.training.settings import (  # noqa: E402
     check_checkpoints,
     check_samples_left,
@@ -163,6 +164,7 @@ def forward_step(data_iterator: Iterator | None, model: torch.nn.Module) -> tupl
 
 def main() -> None:
     args = parse_glm_args(tokenizer_from_args)
+    provide_fused_optimizer()
     run_before_saves(store_ledger)
     with exit_with_one_line(rank=args.rank):
         pretrain(

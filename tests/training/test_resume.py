@@ -42,6 +42,8 @@ def stop_and_resume(flags, world_size):
     ("one rank", 1, DROPOUT),
     ("one rank, distributed optimizer", 1, [*DROPOUT, *DISTRIBUTED]),
     ("dp 2, distributed optimizer", 2, [*DROPOUT, *DISTRIBUTED]),
+    ("one rank, fp16", 1, [*DROPOUT, "--fp16"]),
+    ("dp 2, distributed optimizer, bf16", 2, [*DROPOUT, *DISTRIBUTED, "--bf16"]),
     ("tp 2", 2, [*DROPOUT, "--tensor-model-parallel-size", "2", "--sequence-parallel"]),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_resumed_steps_are_bit_equal(corpus, tmp_path, name, world_size, more):

@@ -1,0 +1,70 @@
+"""The optimizer's step in few kernels, where Megatron has neither Transformer Engine nor Apex.
+
+Megatron takes its Adam and its operations on lists of tensors from one of the two. Without them it
+falls back on torch's AdamW in a form of eight passes over the weights, 80 bytes a weight instead of
+28, and on loops over the parameters: that for the gradient's norm waits for the device each time.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from megatron.core import optimizer as megatron_optimizer
+from megatron.core.optimizer import clip_grads
+from megatron.core.optimizer import optimizer as mixed_precision
+from torch import Tensor
+
+
+def provide_fused_optimizer() -> None:
+    """Fills the places that Megatron has for Apex; does nothing where a fused Adam is installed."""
+    if not megatron_optimizer.USING_PYTORCH_OPTIMIZER:
+        return
+    megatron_optimizer.Adam = FusedAdam
+    megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
+    clip_grads.l2_norm_impl = l2_norm
+    clip_grads.multi_tensor_scale_impl = scale
+    mixed_precision.multi_tensor_scale_impl = scale
+    mixed_precision._multi_tensor_copy_this_to_that = copy
+
+
+class FusedAdam(torch.optim.Adam):
+    """torch's Adam in one kernel, which reads and writes every tensor once; made as Apex's is.
+
+    adam_w_mode: decoupled weight decay, as in AdamW. The rest is torch.optim.Adam's.
+    """
+
+    def __init__(self, params: Iterable, *, adam_w_mode: bool = True, **options: Any):
+        super().__init__(params, decoupled_weight_decay=adam_w_mode, fused=True, **options)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        # How a step is computed is no property of a checkpoint, which stores it all the same.
+        groups = [group | {"fused": True, "foreach": None} for group in state_dict["param_groups"]]
+        super().load_state_dict(state_dict | {"param_groups": groups})
+
+
+def l2_norm(
+    chunk_size: int, overflow: Tensor, lists: list[list[Tensor]], per_tensor: bool
+) -> tuple[Tensor, None]:
+    """Euclidean norm, fp32 [1], of all tensors of lists[0] together; without a sync.
+
+    Arguments are those of amp_C.multi_tensor_l2norm; chunk_size, overflow and per_tensor mean
+    nothing here.
+    """
+    norms = torch._foreach_norm(lists[0], 2, torch.float32)
+    return torch.stack(norms).norm().view(1), None
+
+
+def scale(chunk_size: int, overflow: Tensor, lists: list[list[Tensor]], factor: float) -> None:
+    """lists[1] = lists[0] * factor, tensor by tensor; arguments as amp_C.multi_tensor_scale's."""
+    sources, targets = lists
+    if sources is targets:
+        torch._foreach_mul_(targets, factor)
+    else:
+        scaled = sources if factor == 1 else torch._foreach_mul(sources, factor)
+        torch._foreach_copy_(targets, scaled)
+
+
+def copy(this: list[Tensor], that: list[Tensor], overflow_buf: Tensor | None = None) -> None:
+    """that = this, tensor by tensor, between any two dtypes."""
+    if this:
+        torch._foreach_copy_(that, this)
