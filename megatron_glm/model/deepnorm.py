@@ -11,6 +11,8 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_glm.model.config import GLMTransformerConfig
+from megatron_glm.model.fused.selection import uses_kernels
+from megatron_glm.model.residual import ScaledResidual, Sum
 
 
 class LayerNorm(torch.nn.LayerNorm):
@@ -30,16 +32,27 @@ class LayerNorm(torch.nn.LayerNorm):
 
 
 class DeepNormLayerNorm(LayerNorm):
-    """LayerNorm whose forward returns (y, alpha * y): the layer's input and its residual."""
+    """LayerNorm whose forward returns (y, alpha * y): the layer's input and its residual.
+
+    Takes a tensor [s, b, h] or the Sum that makes one. Where kernels run, y as the residual is
+    a ScaledResidual, which whoever adds it multiplies.
+    """
 
     # Read by Megatron's transformer layer: the norm's second output is the residual.
     returns_residual = True
 
     def __init__(self, config: GLMTransformerConfig, hidden_size: int, eps: float = 1e-5):
         super().__init__(config, hidden_size, eps)
+        self.config = config
         self.alpha = config.deepnorm_alpha
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor | Sum) -> tuple[Tensor, Tensor | ScaledResidual]:
+        if isinstance(x, Sum) or uses_kernels(self.config, x):
+            from megatron_glm.model.fused.residual_norm import layer_norm, residual_norm
+
+            norm = residual_norm if isinstance(x, Sum) else layer_norm
+            y, residual = norm(x, self.weight, self.bias, self.eps)
+            return y, ScaledResidual(residual, self.alpha)
         y = super().forward(x)
         return y, self.alpha * y
 

@@ -2,11 +2,10 @@
 
 from functools import partial
 
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer import ModuleSpec, TransformerLayer, TransformerLayerSubmodules
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
@@ -24,6 +23,8 @@ from megatron_glm.model.deepnorm import (
     with_init,
 )
 from megatron_glm.model.linears import Linears, select_linears
+from megatron_glm.model.mlp import GegluMLP
+from megatron_glm.model.residual import get_bias_dropout_add, get_bias_dropout_sum
 
 
 def glm_layer_spec(linears: Linears) -> ModuleSpec:
@@ -41,10 +42,10 @@ def glm_layer_spec(linears: Linears) -> ModuleSpec:
                     linear_proj=with_init(linears.row, attention_output_init),
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=get_bias_dropout_sum,
             pre_mlp_layernorm=DeepNormLayerNorm,
             mlp=partial(
-                MLP.as_mlp_submodule,
+                GegluMLP.as_mlp_submodule,
                 submodules=MLPSubmodules(
                     linear_fc1=with_init(linears.column, feed_forward_init),
                     linear_fc2=with_init(linears.row, feed_forward_init),

@@ -72,7 +72,9 @@ def residual_stream() -> tuple[np.ndarray, np.ndarray]:
         torch.nn.init.zeros_(linear.weight)
     x = torch.randn(16, 1, 64)
     samples = torch.tensor([[[4], [16]]], dtype=torch.int32)
-    output, _ = layer(hidden_states=x, attention_mask=samples)
+    output, _ = layer(
+        hidden_states=x, attention_mask=samples, rotary_pos_emb=torch.zeros(16, 1, 1, 16)
+    )
     alpha = (2 * 3) ** 0.5
     norm = torch.nn.functional.layer_norm
     expected = alpha * norm(alpha * norm(x, (64,)), (64,))

@@ -1,0 +1,86 @@
+"""A whole model of fused kernels under Triton's interpreter, against torch's operations."""
+
+# isort: off
+import tests.model.attention.interpreter  # noqa: F401  before anything imports Triton
+import tests.conftest  # noqa: F401  patches, before anything imports Megatron
+
+from collections import Counter
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_glm.model.dropout import draw_dropout, drop_channels
+from megatron_glm.model.fused import geglu, residual_norm, selection
+from tests.model.building import build_glm
+
+SAMPLES = torch.tensor([[[10, 3], [16, 24]], [[0, 5], [9, 24]]], dtype=torch.int32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    yield
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def dropout_by_hash(monkeypatch):
+    """Megatron's dropout drops what the kernels drop."""
+    def dropout(x, p=0.5, training=True, inplace=False):
+        return drop_channels(x, draw_dropout(p if training else 0.0, x.device))
+
+    monkeypatch.setattr(F, "dropout", dropout)
+
+
+def count_calls(monkeypatch) -> Counter:
+    """How often each fused operation is called from now on."""
+    calls = Counter()
+
+    def counted(function):
+        def call(*arguments):
+            calls[function.__name__] += 1
+            return function(*arguments)
+
+        return call
+
+    for module, name in ((residual_norm, "residual_norm"), (residual_norm, "layer_norm"),
+                         (residual_norm, "residual_sum"), (geglu, "bias_geglu")):
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
+    return calls
+
+
+def run(is_training: bool, **options) -> dict[str, torch.Tensor]:
+    """Per-token losses [b, s] and, of a model that trains, the gradient of every parameter."""
+    tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
+    (model,) = build_glm(num_layers=2, hidden_size=32, ffn_hidden_size=40, num_attention_heads=2,
+                         vocab_size=64, seq_length=24, hidden_dropout=0.2, **options)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:  # biases of 0 and norms of 1 hide what is left out
+            torch.nn.init.normal_(parameter, mean=parameter.flatten()[0].item(), std=0.3)
+    model.train(is_training)
+    tokens = torch.arange(48).view(2, 24)
+    positions = torch.arange(24).expand(2, -1)
+    losses = model(tokens, positions, SAMPLES, labels=tokens.flip(1))
+    found = {"losses": losses.detach()}
+    if is_training:
+        losses.sum().backward()
+        found |= {name: parameter.grad for name, parameter in model.named_parameters()}
+    return found
+
+
+@pytest.mark.parametrize("is_training", [True, False], ids=["training", "evaluation"])
+def test_a_model_of_kernels_is_the_model_of_torch(is_training, monkeypatch):
+    monkeypatch.setattr(selection, "DEVICES", ("cpu",))
+    calls = count_calls(monkeypatch)
+    exact = run(is_training, glm_fused_kernels=False)
+    assert not calls
+    actual = run(is_training)
+    assert calls == {"residual_norm": 2, "layer_norm": 2, "residual_sum": 2, "bias_geglu": 2}
+    for name, value in exact.items():
+        error = (actual[name] - value).abs().max()
+        assert error <= 1e-5 * value.abs().max(), name
