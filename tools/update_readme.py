@@ -19,8 +19,8 @@ README = ROOT / "README.md"
 # What a reader needs to find; folders stand for their files unless these are listed too.
 TREE = (
     "pretrain_glm.py", "megatron_glm/", "megatron_glm/*.py", "megatron_glm/*/", "patches/",
-    "tools/*", "examples/*.sh", "benchmarks/*.py", "tests/", "Makefile", "constraints.txt",
-    "pyproject.toml", ".ci/run",
+    "tools/*", "examples/*.sh", "benchmarks/", "benchmarks/*.py", "benchmarks/*/", "tests/",
+    "Makefile", "constraints.txt", "pyproject.toml", ".ci/run",
 )
 TESTS = "Tests, in folders like the sources'"
 PURPOSE_COLUMN = 32

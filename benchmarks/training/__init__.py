@@ -1,0 +1,1 @@
+"""Training steps of several models in processes that take turns, measured alike."""
