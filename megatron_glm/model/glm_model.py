@@ -16,9 +16,11 @@ from megatron.core.pipeline_parallel.utils import (
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 from megatron.training.models.gpt import GPTModelBuilder
+from torch import Tensor
 
 from megatron_glm.model.attention.conformance import check_backend
 from megatron_glm.model.embedding import GradientShrink, shrink_alpha
+from megatron_glm.model.fused.selection import uses_kernels
 from megatron_glm.model.layer_spec import glm_block_spec
 from megatron_glm.model.rotary import RotaryTable
 from megatron_glm.model.weight_gradient import provide_weight_gradient_kernels
@@ -64,6 +66,15 @@ class GLMModel(GPTModel):
         # Full length under sequence parallelism too: queries and keys are gathered before they
         # are rotated.
         return decoder_input, self.rotary_table(position_ids), *rest
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Loss of every token, fp32 [b, s]; labels [b, s], logits [s, b, v / tp]."""
+        if not uses_kernels(self.config, logits):
+            return super().compute_language_model_loss(labels, logits)
+        from megatron_glm.model.fused.cross_entropy import vocab_parallel_cross_entropy
+
+        losses = vocab_parallel_cross_entropy(logits, labels.t(), self.tp_group)
+        return losses.t().contiguous()
 
 
 def check_mask_conformance(
