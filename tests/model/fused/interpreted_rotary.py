@@ -6,6 +6,7 @@ import tests.model.attention.interpreter  # noqa: F401  before anything imports 
 import pytest
 import torch
 
+from megatron_glm.model.attention.sdpa import attention
 from megatron_glm.model.fused.rotary import rotate_query_key_
 from megatron_glm.model.rotary import RotaryTable, rotate_query_key
 
@@ -73,6 +74,28 @@ def test_nothing_is_copied_and_only_the_rotation_is_kept():
     assert [x.data_ptr() for x in kept] == [rotation.data_ptr()]
     storages = {x.untyped_storage().data_ptr() for x in out}
     assert storages == {made.untyped_storage().data_ptr()}
+
+
+@pytest.mark.parametrize("function, hidden_sizes", [(rotate_query_key_, 3), (rotate_query_key, 5)])
+def test_attention_keeps_the_projection_alone(function, hidden_sizes):
+    """Beside its output; torch's operations leave rotated copies of query and key to keep."""
+    shape = seq_length, batch, heads, dim = 16, 2, 3, 16
+    mixed, rotation, _ = inputs(shape, torch.float32)
+    samples = torch.tensor([[[9], [seq_length]]], dtype=torch.int32).expand(batch, -1, -1)
+    kept = {}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    leaf = mixed.requires_grad_()
+    made = leaf * 1
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = attention(*function(made, rotation), samples, softmax_scale=0.25)
+    del kept[out.untyped_storage().data_ptr()]
+    smaller = batch * seq_length * (heads + 3 * dim) * 4  # log-sum-exp and rotations
+    size = batch * seq_length * heads * dim * 4
+    assert hidden_sizes * size <= sum(kept.values()) <= hidden_sizes * size + smaller
 
 
 def test_who_kept_the_projection_learns_that_it_was_overwritten():
