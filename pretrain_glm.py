@@ -42,11 +42,13 @@ from megatron_glm.model.glm_model import GLMModel, check_mask_conformance  # noq
 from megatron_glm.training.batch import Batch, next_batch  # noqa: E402
 from megatron_glm.training.loss import LossParts, token_loss  # noqa: E402
 from megatron_glm.training.optimizer import provide_fused_optimizer  # noqa: E402
+from megatron_glm.training.save_lock import saving_alone  # noqa: E402
 from megatron_glm.training.settings import (  # noqa: E402
     check_checkpoints,
     check_samples_left,
     current_settings,
     run_before_saves,
+    schedule_mismatch_in_words,
 )
 
 
@@ -133,8 +135,9 @@ def loss_func(batch: Batch, training: bool, losses: torch.Tensor) -> tuple:
             get_rerun_state_machine().validate_result(
                 result=loss, rejection_func=is_bad, tolerance=0.0, fatal=True,
                 message=f"found {name} in the loss of a micro-batch; the last whole checkpoint is "
-                "untouched: resume from it with a smaller --shrink-embedding-gradient-alpha or "
-                "--lr, or another --seed to see other data",
+                "untouched: resume from it with a smaller --shrink-embedding-gradient-alpha, "
+                "a smaller --lr (and --override-opt-param-scheduler), or another --seed to see "
+                "other data",
             )
     return loss, num_tokens, loss_parts()(losses.detach(), batch, training)
 
@@ -166,7 +169,11 @@ def main() -> None:
     args = parse_glm_args(tokenizer_from_args)
     provide_fused_optimizer()
     run_before_saves(store_ledger)
-    with exit_with_one_line(rank=args.rank):
+    with (
+        exit_with_one_line(rank=args.rank),
+        saving_alone(args.save, args.rank),
+        schedule_mismatch_in_words(args.load),
+    ):
         pretrain(
             pretrain_cfg_container_from_args(args, model_config_from_args(args)),
             datasets_provider,

@@ -9,8 +9,9 @@ import contextlib
 import io
 import logging
 import os
+import re
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import NamedTuple
 
@@ -42,6 +43,19 @@ SETTINGS = (
 # Where the data of a run stands: the mix of its sources, and the ledger of what it has read.
 # Megatron stores its arguments with every checkpoint, and these with them.
 DATA_STATES = ("mix_state", "ledger_state")
+_SCHEDULE_ASSERTION = re.compile(
+    r"OptimizerParamScheduler: class input value (.*) and checkpoint ?value (.*) for (.*) do not"
+)
+# What Megatron calls the parts of a schedule there, and what a user does. It counts in samples.
+_SCHEDULE_FLAGS = {
+    "learning rate": "--lr",
+    "minimum learning rate": "--min-lr",
+    "warmup iterations": "warm-up samples",
+    "total number of iterations": "decay samples",
+    "learning rate decay style": "--lr-decay-style",
+    "start weight decay": "--start-weight-decay",
+    "end weight decay": "--end-weight-decay",
+}
 # Meant to be shown, not to be typed.
 _NO_VALUE = "(not stored)"
 
@@ -96,6 +110,24 @@ def check_checkpoints(args: Namespace) -> None:
             )
 
 
+@contextlib.contextmanager
+def schedule_mismatch_in_words(directory: str | None) -> Iterator[None]:
+    """Turns Megatron's assertion about the learning-rate schedule of a checkpoint in `directory`
+    into a CheckpointMismatchError that says how to go on."""
+    try:
+        yield
+    except AssertionError as error:
+        match = _SCHEDULE_ASSERTION.search(str(error))
+        if match is None:
+            raise
+        here, there, name = match.groups()
+        raise CheckpointMismatchError(
+            f"{directory} was saved with another schedule: {_SCHEDULE_FLAGS.get(name, name)} "
+            f"{there} there, {here} here; give --override-opt-param-scheduler to go on by the "
+            "flags, or --use-checkpoint-opt-param-scheduler by what was stored"
+        ) from error
+
+
 def run_before_saves(action: Callable[[], None]) -> None:
     """Has every rank call `action` before each save, for which Megatron has no hook."""
     from megatron.training import training
@@ -115,7 +147,8 @@ def check_samples_left(args: Namespace, train_samples: int) -> None:
     if not args.skip_train and args.consumed_train_samples >= train_samples:
         raise GLMError(
             f"--load {args.load}: iteration {args.iteration} has seen all {train_samples} samples "
-            "of this run already; raise --train-iters or --train-samples to go on, or pass "
+            "of this run already; raise --train-iters or --train-samples to go on (with "
+            "--override-opt-param-scheduler, where that makes the schedule longer too), or pass "
             "--skip-train to evaluate it"
         )
 

@@ -3,11 +3,13 @@
 import contextlib
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
+from megatron_glm.training.save_lock import saving_alone
 from tests.ranks import run_ranks
 from tests.training.corpus import make_corpus
 from tests.training.pretraining import TINY, pretrain, pretrain_on_this_rank
@@ -39,6 +41,16 @@ def refuse(flags: list[str]) -> str:
             assert line.startswith("pretrain_glm.py: error: "), errors.getvalue()
             return line
     raise AssertionError("the run was not refused")
+
+
+def last_line(flags: list[str]) -> str:
+    """What a rank of a refused run prints last on standard error; "" where another one speaks."""
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as stop:
+        pretrain_on_this_rank(flags)
+    assert stop.value.code == 2
+    said = [line for line in errors.getvalue().splitlines() if "error: " in line]
+    return said[-1] if said else ""
 
 
 def refused(*flags: str) -> str:
@@ -127,23 +139,39 @@ def test_a_run_is_not_overwritten_by_another(corpus, checkpoint):
     assert contents(checkpoint) == before
 
 
+@pytest.mark.parametrize("flags, named", [
+    (["--train-iters", "6"], "decay samples 24 there, 48 here"),
+    (["--train-iters", "6", "--lr-decay-iters", "3", "--lr", "2e-3"], "--lr 0.001 there, 0.002"),
+])
+def test_another_schedule_says_how_to_go_on(corpus, checkpoint, flags, named):
+    message = refused(*corpus.flags, "--load", str(checkpoint), *flags)
+    assert named in message and "--override-opt-param-scheduler" in message
+    assert str(checkpoint) in message
+
+
+def test_a_directory_that_another_run_saves_into(corpus, tmp_path):
+    with saving_alone(tmp_path, rank=0):
+        assert "another run saves there" in refused(*corpus.flags, "--save", str(tmp_path))
+
+
 def test_checkpoint_of_another_program(corpus, tmp_path):
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
     message = refused(*corpus.flags, "--load", str(tmp_path))
     assert str(tmp_path) in message
 
 
-def explode(flags: list[str]) -> str:
-    try:
-        pretrain_on_this_rank(flags)
-    except RuntimeError as error:
-        return str(error)
-    raise AssertionError("the run went on with a loss that is not a number")
-
-
 def test_a_loss_that_is_not_a_number_stops_the_run(corpus, tmp_path):
-    flags = [*TINY, *corpus.flags, "--train-iters", "30", "--save", str(tmp_path),
-             "--save-interval", "1", "--lr", "1e30", "--min-lr", "1e30", "--rerun-mode",
-             "disabled"]  # fmt: skip
-    (message,) = run_ranks(explode, flags, world_size=1, initialize=False)
-    assert "in the loss" in message and "resume from it" in message
+    """Before it is saved; the checkpoint before it holds numbers."""
+    message = refused(*corpus.flags, "--train-iters", "30", "--save", str(tmp_path),
+                      "--save-interval", "1", "--lr", "1e30", "--min-lr", "1e30")  # fmt: skip
+    found = re.search(r"found (NaN|Inf) in the loss of iteration (\d+); .*resume from it", message)
+    last = int((tmp_path / "latest_checkpointed_iteration.txt").read_text())
+    assert last == int(found[2]) - 1
+    assert max(path.name for path in tmp_path.glob("iter_*")) == f"iter_{last:07d}"
+
+
+def test_every_stage_stops_at_a_loss_that_is_not_a_number(corpus):
+    flags = [*TINY, *corpus.flags, "--train-iters", "30", "--lr", "1e30", "--min-lr", "1e30",
+             "--pipeline-model-parallel-size", "2"]  # fmt: skip
+    first, second = run_ranks(last_line, flags, world_size=2, initialize=False)
+    assert "in the gradient of iteration" in first and second == ""
