@@ -56,3 +56,19 @@ def test_on_a_gpu_both_passes_equal_torch_in_fp64(shape, dtype, tolerance):
     torch.testing.assert_close(losses.double().flatten(), exact.detach(), rtol=1e-6, atol=1e-5)
     error = (gradient.double() - exact_leaf.grad).abs().max()
     assert error <= tolerance * exact_leaf.grad.abs().max()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_nothing_waits_for_the_device():
+    logits = torch.randn(16, 2, 1000, device="cuda", requires_grad=True)
+    target = torch.zeros(16, 2, dtype=torch.int64, device="cuda")
+
+    def both_passes():
+        cross_entropy.vocab_parallel_cross_entropy(logits * 1, target).sum().backward()
+
+    both_passes()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        both_passes()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -63,3 +63,21 @@ def test_on_a_gpu_both_passes_equal_torch_in_fp64(shape, dtype):
     for actual, expected in zip((*out, leaf.grad), (*exact, exact_leaf.grad), strict=True):
         error = (actual.double() - expected).abs().max()
         assert error <= TOLERANCES[dtype] * expected.abs().max()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_nothing_waits_for_the_device():
+    table = RotaryTable(64, 128, 10000.0, "fp32")
+    position_ids = torch.arange(64, device="cuda")[None]
+    mixed = torch.randn(64, 1, 2, 3 * 128, device="cuda", requires_grad=True)
+
+    def both_passes():
+        query, key, value = rotary.rotate_query_key_(mixed * 1, table(position_ids))
+        (query + key + value).sum().backward()
+
+    both_passes()  # compiles, and brings the table to the device
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        both_passes()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
