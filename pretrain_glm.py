@@ -40,6 +40,7 @@ from megatron_glm.errors import exit_with_one_line  # noqa: E402
 from megatron_glm.model.config import GLMModelConfig, GLMTransformerConfig  # noqa: E402
 from megatron_glm.model.glm_model import GLMModel, check_mask_conformance  # noqa: E402
 from megatron_glm.training.batch import Batch, next_batch  # noqa: E402
+from megatron_glm.training.divergence import check_steps  # noqa: E402
 from megatron_glm.training.loss import LossParts, token_loss  # noqa: E402
 from megatron_glm.training.optimizer import provide_fused_optimizer  # noqa: E402
 from megatron_glm.training.save_lock import saving_alone  # noqa: E402
@@ -130,14 +131,12 @@ def loss_func(batch: Batch, training: bool, losses: torch.Tensor) -> tuple:
     """Sum, number of targets and report of a micro-batch, as Megatron's schedules take them."""
     losses = losses.float()
     loss, num_tokens = token_loss(losses, batch)
+    # With --rerun-mode validate_results: Megatron runs a step that finds NaN again to tell why.
     if get_args().check_for_nan_in_loss_and_grad:
         for name, is_bad in (("NaN", torch.isnan), ("Inf", torch.isinf)):
             get_rerun_state_machine().validate_result(
                 result=loss, rejection_func=is_bad, tolerance=0.0, fatal=True,
-                message=f"found {name} in the loss of a micro-batch; the last whole checkpoint is "
-                "untouched: resume from it with a smaller --shrink-embedding-gradient-alpha, "
-                "a smaller --lr (and --override-opt-param-scheduler), or another --seed to see "
-                "other data",
+                message=f"found {name} in the loss of a micro-batch",
             )
     return loss, num_tokens, loss_parts()(losses.detach(), batch, training)
 
@@ -168,6 +167,7 @@ def forward_step(data_iterator: Iterator | None, model: torch.nn.Module) -> tupl
 def main() -> None:
     args = parse_glm_args(tokenizer_from_args)
     provide_fused_optimizer()
+    check_steps(args)
     run_before_saves(store_ledger)
     with (
         exit_with_one_line(rank=args.rank),

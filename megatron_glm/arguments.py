@@ -80,6 +80,8 @@ DEFAULTS: dict[str, Any] = {
     "eval_interval": 1000,
     # Every 500 steps was found too sparse when a loss explosion had to be gone back behind.
     "save_interval": 250,
+    # To run a suspect step again, Megatron waits for all ranks at the end of every backward pass.
+    "rerun_mode": "disabled",
     "dataloader_type": "single",
 }
 

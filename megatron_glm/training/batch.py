@@ -86,7 +86,15 @@ def next_batch(
                 f"{(micro_batch_size, width)}: --seq-length and --max-samples-per-sequence must be "
                 "those that the dataset was built with"
             )
-        packed = packed.to(device, non_blocking=True)
+        packed = _upload(packed, device)
     if tp_group.size() > 1:
         torch.distributed.broadcast(packed, group_src=0, group=tp_group)
     return unpack_columns(packed, seq_length, num_samples)
+
+
+def _upload(packed: Tensor, device: torch.device) -> Tensor:
+    """Copies to the device behind what it still has to do: from pageable memory, as what the data
+    loader pinned is no more once it is concatenated, the host would wait for all of that."""
+    if device.type == "cuda":
+        packed = packed.pin_memory()
+    return packed.to(device, non_blocking=True)
