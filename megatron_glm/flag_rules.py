@@ -88,6 +88,9 @@ RULES: tuple[Rule, ...] = (
          "it rounds the gradients of the logits to bf16 even in fp32; drop the flag"),
     Rule("cuda_graph_impl", "--cuda-graph-impl", ("none",),
          "Megatron's CUDA graphs make an s x s causal mask; drop the flag"),
+    Rule("fine_grained_activation_offloading", "--fine-grained-activation-offloading", (False,),
+         "it cuts the layer between a residual connection and its norm, which are one; drop the "
+         "flag, or use --recompute-granularity"),
     Rule("defer_embedding_wgrad_compute", "--defer-embedding-wgrad-compute", (False,),
          "it goes around the embedding gradient shrink; drop the flag"),
     Rule("use_megatron_fsdp", "--use-megatron-fsdp", (False,),
