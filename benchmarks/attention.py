@@ -1,8 +1,10 @@
 """Times every attention backend against causal attention: `python -m benchmarks.attention`.
 
-For each shape, share of context and packing: forward and backward of each backend, in
+For each shape, dropout, share of context and packing: forward and backward of each backend, in
 milliseconds and in TFLOP/s of the work that the mask leaves, beside torch's causal attention
-(cuDNN's on a GPU) over the whole sequence. Prints the table and writes a record; --plot draws it.
+(cuDNN's on a GPU) over the whole sequence without dropout. `ns_per_token` compares samples of 512
+that share a sequence of 2048 with samples by themselves; "compiled" counts the graphs and kernels
+that were compiled for the row. The dense reference stops at sequences of 4096.
 """
 
 import argparse
@@ -15,19 +17,24 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.utils import counters as dynamo_counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton import knobs
 
-from benchmarks.records import add_run_flags, reason, run_benchmark
-from megatron_glm.model.attention.backends import BACKENDS, backends_of, load_backend
+from benchmarks.records import Check, add_run_flags, reason, run_benchmark
+from megatron_glm.model.attention.backends import BACKENDS, FASTEST, backends_of, load_backend
 from megatron_glm.model.attention.bounds import make_samples, sample_ranges
 from megatron_glm.model.dropout import draw_dropout
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHAPES = {
-    "cuda": ["4x32x2048x128", "2x24x8192x128"],
+    "cuda": ["4x32x2048x128", "2x24x8192x128", "16x32x512x128", "1x32x32768x128"],
     "cpu": ["4x8x512x64", "1x8x2048x64"],
 }
 CAUSAL = "causal"
+LONGEST_DENSE = 4096
+# Of figure 4: the shapes and the share of context at which auto must keep up with causal attention.
+REQUIRED_SHAPES, REQUIRED_SHARE, REQUIRED_OF_CAUSAL = SHAPES["cuda"][:2], 0.5, 0.95
 
 
 def uniform_samples(batch: int, seq_length: int, packing: int, share: float) -> Tensor:
@@ -121,65 +128,119 @@ def measure(
     return result
 
 
+class Compilations:
+    """Counts what torch.compile and Triton compile while this is entered."""
+
+    def __enter__(self) -> "Compilations":
+        self._graphs = dynamo_counters["stats"]["unique_graphs"]
+        self._kernels = 0
+        self._listener, knobs.compilation.listener = knobs.compilation.listener, self._heard
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        knobs.compilation.listener = self._listener
+        self.count = dynamo_counters["stats"]["unique_graphs"] - self._graphs + self._kernels
+
+    def _heard(self, **_: object) -> None:
+        self._kernels += 1
+
+
+def cases(arguments: argparse.Namespace, shape: tuple[int, ...]) -> Iterator[tuple]:
+    """Backend, packing, share, dropout and samples of each row of a shape, causal first."""
+    batch, _, seq_length, _ = shape
+    names = [n for n in arguments.backends if n != "reference" or seq_length <= LONGEST_DENSE]
+    for dropout in arguments.dropout:
+        yield CAUSAL, 1, 0.0, dropout, uniform_samples(batch, seq_length, 1, 0.0)
+        for packing in arguments.packing:
+            for share in arguments.share:
+                samples = uniform_samples(batch, seq_length, packing, share)
+                for name in names:
+                    yield name, packing, share, dropout, samples
+
+
 def run(arguments: argparse.Namespace) -> Iterator[dict]:
-    """One row for each shape, packing, share and backend, causal attention first."""
+    """One row for each shape, dropout, packing, share and backend."""
     device = torch.device(arguments.device)
     for text in arguments.shapes:
         shape = tuple(int(size) for size in text.split("x"))
         batch, heads, seq_length, dim = shape
-        causal = uniform_samples(batch, seq_length, 1, 0.0)
-        cases = [(CAUSAL, 1, 0.0, causal)]
-        for packing in arguments.packing:
-            for share in arguments.share:
-                samples = uniform_samples(batch, seq_length, packing, share)
-                cases += [(name, packing, share, samples) for name in arguments.backends]
         yardstick = None
-        for name, packing, share, samples in cases:
-            row = {"shape": text, "packing": packing, "share": share, "backend": name}
+        for name, packing, share, dropout, samples in cases(arguments, shape):
+            row = {"shape": text, "dropout": dropout, "packing": packing, "share": share,
+                   "backend": name}
             try:
-                times = measure(
-                    name, shape, samples.to(device), DTYPES[arguments.dtype], arguments.dropout,
-                    arguments.repeats,
-                )
+                with Compilations() as compilations:
+                    times = measure(
+                        name, shape, samples.to(device), DTYPES[arguments.dtype], dropout,
+                        arguments.repeats,
+                    )
             except (NotImplementedError, RuntimeError, ValueError) as error:
                 yield row | {"error": reason(error)}
                 continue
             flops = forward_backward_flops(visible_pairs(samples), heads, dim)
             speed = flops / times["ms"] / 1e9
-            yardstick = yardstick or speed
-            yield row | times | {"tflops": speed, "of_causal": speed / yardstick}
+            if name == CAUSAL and dropout == 0:
+                yardstick = speed
+            yield row | times | {
+                "ns_per_token": times["ms"] * 1e6 / (batch * seq_length),
+                "tflops": speed,
+                "of_causal": speed / yardstick if yardstick else None,
+                "compiled": compilations.count,
+            }
+
+
+def judge(rows: list[dict]) -> list[Check]:
+    """Figure 4, and that nothing but shape, dropout and backend is compiled for."""
+    by_case = {
+        (r["shape"], r["backend"]): r["of_causal"] for r in rows
+        if "error" not in r
+        and (r["dropout"], r["packing"], r["share"]) == (0.0, 1, REQUIRED_SHARE)
+    }
+    seen, again = set(), 0
+    for row in rows:
+        case = row["shape"], row["dropout"], row["backend"]
+        again += row.get("compiled", 0) if case in seen else 0
+        seen.add(case)
+    backend = FASTEST["cuda"]
+    return [
+        *(
+            Check(f"{shape}, auto ({backend}) of causal attention's TFLOP/s (figure 4)",
+                  by_case.get((shape, backend)), REQUIRED_OF_CAUSAL)
+            for shape in REQUIRED_SHAPES if any(row["shape"] == shape for row in rows)
+        ),
+        Check("compilations for another packing or context", again, 0, is_floor=False),
+    ]
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Bars of TFLOP/s of each backend, one group for each shape, packing and share."""
+    """Bars of TFLOP/s of each backend, one group for each case."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    cases = sorted({(r["shape"], r["packing"], r["share"]) for r in rows if r["backend"] != CAUSAL})
+    cases = sorted({_case(r) for r in rows if r["backend"] != CAUSAL})
     names = sorted({r["backend"] for r in rows})
     figure, axes = plt.subplots(figsize=(2 + 1.2 * len(cases), 5), layout="constrained")
     for index, name in enumerate(names):
+        # Causal attention has no packing and no context: the same bar beside each.
+        of_name = {_case(r): r["tflops"] for r in rows if r["backend"] == name}
         speeds = [
-            next(
-                (
-                    r["tflops"] for r in rows
-                    if r["backend"] == name and r["shape"] == shape
-                    and (name == CAUSAL or (r["packing"], r["share"]) == (packing, share))
-                ),
-                0.0,
-            )
-            for shape, packing, share in cases
+            of_name.get((case[0], case[1], 1, 0.0) if name == CAUSAL else case, 0.0)
+            for case in cases
         ]
         width = 0.8 / len(names)
         axes.bar([c + index * width for c in range(len(cases))], speeds, width, label=name)
-    labels = [f"{shape}\n{packing} samples\ncontext {share}" for shape, packing, share in cases]
+    labels = ["{}\ndropout {}\n{} samples\ncontext {}".format(*case) for case in cases]
     axes.set_xticks([c + 0.4 for c in range(len(cases))], labels, fontsize=7)
     axes.set_ylabel("TFLOP/s of the mask's work, forward and backward")
     axes.legend()
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _case(row: dict) -> tuple:
+    return row["shape"], row["dropout"], row["packing"], row["share"]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -194,7 +255,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--packing", nargs="+", type=int, default=[1, 4],
                         help="samples of a sequence")
     parser.add_argument("--dtype", choices=DTYPES)
-    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--dropout", nargs="+", type=float, default=[0.0, 0.1])
     parser.add_argument("--repeats", type=int, default=10)
     add_run_flags(parser)
     arguments = parser.parse_args(argv)
@@ -208,7 +269,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Measure, print the table, write the record and, if asked, the plot."""
     arguments = parse(argv)
-    run_benchmark("attention", arguments, run(arguments), plot=plot)
+    run_benchmark("attention", arguments, run(arguments), plot=plot, judge=judge)
 
 
 if __name__ == "__main__":

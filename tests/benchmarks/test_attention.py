@@ -37,16 +37,61 @@ def test_the_yardstick_is_causal_attention():
 def test_a_run_prints_a_table_and_leaves_a_record_and_a_plot(tmp_path, capsys):
     attention.main([
         "--device", "cpu", "--shapes", "1x2x64x16", "--share", "0.5", "--packing", "1", "2",
-        "--backends", "sdpa", "chunked", "--dropout", "0.1", "--repeats", "1", "--plot",
+        "--backends", "sdpa", "chunked", "--dropout", "0", "0.1", "--repeats", "1", "--plot",
         "--results", str(tmp_path),
     ])
     (path,) = tmp_path.glob("attention-*.json")
     record = json.loads(path.read_text())
-    measured = [(row["backend"], row["packing"]) for row in record["rows"]]
+    measured = [(row["backend"], row["dropout"], row["packing"]) for row in record["rows"]]
     assert measured == [
-        ("causal", 1), ("sdpa", 1), ("chunked", 1), ("sdpa", 2), ("chunked", 2)
-    ]
+        (backend, dropout, packing)
+        for dropout in (0, 0.1)
+        for backend, packing in (
+            ("causal", 1), ("sdpa", 1), ("chunked", 1), ("sdpa", 2), ("chunked", 2)
+        )
+    ]  # fmt: skip
     assert all(row["ms"] > 0 and row["tflops"] > 0 for row in record["rows"])
-    assert record["settings"]["dropout"] == 0.1
+    assert all(row["compiled"] == 0 and row["of_causal"] > 0 for row in record["rows"])
     assert path.with_suffix(".png").stat().st_size > 1000
-    assert capsys.readouterr().out.count("| chunked") == 2
+    assert capsys.readouterr().out.count("| chunked") == 4
+
+
+def test_a_case_without_room_is_a_row_with_the_reason(tmp_path, monkeypatch):
+    def no_room(*_):
+        raise torch.OutOfMemoryError("tried to allocate 64 GiB")
+
+    monkeypatch.setattr(attention, "measure", no_room)
+    attention.main(["--device", "cpu", "--shapes", "1x2x64x16", "--results", str(tmp_path)])
+    (path,) = tmp_path.glob("attention-*.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["error"] for row in rows} == {"OutOfMemoryError: tried to allocate 64 GiB"}
+
+
+def test_the_dense_reference_is_spared_long_sequences():
+    arguments = attention.parse(["--device", "cpu"])
+    for length, expected in ((4096, True), (8192, False)):
+        names = {name for name, *_ in attention.cases(arguments, (1, 2, length, 16))}
+        assert ("reference" in names) == expected and "sdpa" in names
+
+
+def test_compilations_are_counted():
+    with attention.Compilations() as compilations:
+        attention.dynamo_counters["stats"]["unique_graphs"] += 2
+        attention.knobs.compilation.listener(src=None, metadata={}, times=None, cache_hit=True)
+    assert compilations.count == 3
+    assert attention.knobs.compilation.listener is None
+
+
+def test_required_figures():
+    def row(shape, backend, packing, share, of_causal, compiled=0):
+        return {"shape": shape, "dropout": 0.0, "packing": packing, "share": share,
+                "backend": backend, "of_causal": of_causal, "compiled": compiled}  # fmt: skip
+
+    auto, (first, second) = attention.FASTEST["cuda"], attention.REQUIRED_SHAPES
+    rows = [
+        row(first, auto, 1, 0.5, 0.96, compiled=1), row(first, auto, 4, 0.5, 0.5),
+        row(second, auto, 1, 0.5, 0.94, compiled=1),
+    ]  # fmt: skip
+    assert [check.passed for check in attention.judge(rows)] == [True, False, True]
+    again = [*rows, row(first, auto, 4, 1.0, 0.9, compiled=1)]
+    assert [check.passed for check in attention.judge(again)] == [True, False, False]
