@@ -21,6 +21,7 @@ BACKENDS = {
     "chunked": ("cpu",),
     "flex": ("cuda",),
     "triton": ("cuda",),
+    "cudnn": ("cuda",),
 }
 """Names that `--glm-attention-backend` takes besides auto, each a module beside this one, and the
 devices on which it can train."""
