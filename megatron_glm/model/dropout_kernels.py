@@ -25,14 +25,20 @@ def _words(seed, index):
 
 @triton.jit
 def query_word(seed_pointer, row, query):
-    """uint32 words of rows of a mask: queries of `row`, or tokens of row 0."""
+    """uint32 words of the rows of a mask: queries of the (sequence, head) pair `row`."""
     seed = tl.load(seed_pointer).to(tl.uint32, bitcast=True)
     return _mix(_words(seed, row) + query.to(tl.uint32))
 
 
 @triton.jit
+def token_word(seed_pointer, token):
+    """uint32 words of the rows of a mask of hidden states: `query_word` of pair 0."""
+    return query_word(seed_pointer, token * 0, token)
+
+
+@triton.jit
 def key_word(seed_pointer, key):
-    """uint32 words of columns of a mask: keys, or channels."""
+    """uint32 words of the columns of a mask: keys, or channels of hidden states."""
     return _words(tl.load(seed_pointer + 1).to(tl.uint32, bitcast=True), key)
 
 

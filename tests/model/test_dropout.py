@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_glm.model.dropout import Dropout, draw_dropout, keep_mask
+from megatron_glm.model.dropout import Dropout, draw_dropout, drop_channels, keep_mask
 from tests.model.attention.packs import random_inputs, run, samples_from
 
 RATE = 0.1
@@ -70,6 +70,13 @@ def test_another_seed_drops_others(kept):
         ).double()
         correlation = (centred * (other - other.mean())).mean() / kept.var()
         assert abs(correlation) * kept.numel() ** 0.5 < 5
+
+
+def test_hidden_states_are_dropped_as_the_first_head_drops(kept):
+    """Which has its rate and its lack of a pattern from the tests above."""
+    dropped = drop_channels(torch.ones(128, 4, 512), Dropout(RATE, SEED))
+    torch.testing.assert_close(dropped.flatten(0, 1).double(), kept[0, 0] / (1 - RATE))
+    assert drop_channels(dropped, None) is dropped
 
 
 def test_the_mean_over_seeds_is_attention_without_dropout():

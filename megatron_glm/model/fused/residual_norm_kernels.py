@@ -7,7 +7,7 @@ tensors hold. SUM, NORM and DROPOUT say which parts of the formula there are; wi
 import triton
 import triton.language as tl
 
-from megatron_glm.model.dropout_kernels import is_kept, key_word, query_word
+from megatron_glm.model.dropout_kernels import is_kept, key_word, token_word
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def forward(
     if SUM:
         z += tl.load(bias_pointer + columns, mask=inside, other=0.0).to(tl.float32)
         if DROPOUT:
-            row_word = query_word(seed_pointer, row - row, row)
+            row_word = token_word(seed_pointer, row)
             kept = is_kept(row_word, key_word(seed_pointer, columns), threshold)
             z = tl.where(kept, z * keep_factor, 0.0)
         z += alpha * tl.load(residual_pointer + elements, mask=inside, other=0.0).to(tl.float32)
@@ -132,7 +132,7 @@ def backward(
             dresidual = (alpha * dz).to(dresidual_pointer.dtype.element_ty)
             tl.store(dresidual_pointer + elements, dresidual, mask=tile)
             if DROPOUT:
-                row_words = query_word(seed_pointer, rows - rows, rows)
+                row_words = token_word(seed_pointer, rows)
                 kept = is_kept(row_words[:, None], words[None, :], threshold)
                 dx = tl.where(kept, dz * keep_factor, 0.0)
             bias_sums += tl.where(tile, dx, 0.0)

@@ -19,7 +19,7 @@ DROPOUT = Dropout(0.3, torch.tensor([20221005, -7], dtype=torch.int32))
 # since z and y are both rounded, and the interpreter truncates where it should round to bf16.
 TOLERANCES = {torch.float32: 2**-21, torch.float16: 2**-11, torch.bfloat16: 2**-7}
 # Leading dimensions and h: one row, rows that no tile divides, a power of two, and none.
-SHAPES = [(1, 1, 5), (7, 3, 100), (5, 2, 128), (11, 1, 300)]
+SHAPES = [(1, 1, 5), (3, 3, 100), (2, 2, 128), (7, 1, 300)]
 CASES = [(shape, torch.float32) for shape in SHAPES] + [
     (SHAPES[1], torch.float16), (SHAPES[1], torch.bfloat16)
 ]
@@ -31,7 +31,7 @@ def tiles(request, monkeypatch):
     if request.param == "parts of rows":
         monkeypatch.setattr(fused, "WHOLE_ROW", 4)
         monkeypatch.setattr(fused, "PART_OF_ROWS", (4, 64))
-        monkeypatch.setattr(fused, "ELEMENTS_PER_PROCESSOR", 4 * 64 * 5)
+        monkeypatch.setattr(fused, "ELEMENTS_PER_PROCESSOR", 4 * 64 * 4)
 
 
 def inputs(shape, dtype):
@@ -113,10 +113,10 @@ def test_sum_alone(shape, dtype, dropout, tiles):
 
 
 def test_both_passes_drop_what_the_hash_says():
-    shape = (40, 2, 100)
+    shape = (5, 2, 800)
     x = torch.ones(shape, requires_grad=True)
     zeros = torch.zeros(shape)
-    out = fused.residual_sum(Sum(x, torch.zeros(100), zeros, ALPHA, DROPOUT))
+    out = fused.residual_sum(Sum(x, torch.zeros(800), zeros, ALPHA, DROPOUT))
     out.backward(torch.ones(shape))
     expected = drop_channels(torch.ones(shape), DROPOUT)
     torch.testing.assert_close(out.detach(), expected)
@@ -126,7 +126,7 @@ def test_both_passes_drop_what_the_hash_says():
 
 
 def test_equal_results_on_every_run():
-    leaves, grads = inputs((37, 2, 100), torch.float32)
+    leaves, grads = inputs((5, 2, 100), torch.float32)
     one_pass, _ = both(DROPOUT)
     first, second = (run(one_pass, leaves, grads) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -142,8 +142,8 @@ def test_rows_far_from_zero_keep_their_digits():
 
 
 def test_gradients_that_are_not_contiguous():
-    leaves, _ = inputs((6, 2, 40), torch.float32)
-    grads = torch.randn(2, 40, 2, 6, generator=torch.Generator().manual_seed(1)).transpose(1, 3)
+    leaves, _ = inputs((3, 2, 40), torch.float32)
+    grads = torch.randn(2, 40, 2, 3, generator=torch.Generator().manual_seed(1)).transpose(1, 3)
     one_pass, by_torch = both(None)
     exact = run(by_torch, [leaf.double() for leaf in leaves], list(grads.double()))
     assert_close(run(one_pass, leaves, list(grads)), exact, torch.float32)
@@ -151,7 +151,7 @@ def test_gradients_that_are_not_contiguous():
 
 @pytest.mark.parametrize("used", [0, 1])
 def test_one_result_may_be_left_unused(used):
-    leaves, grads = inputs((6, 2, 40), torch.float32)
+    leaves, grads = inputs((3, 2, 40), torch.float32)
     one_pass, by_torch = both(DROPOUT)
     exact = run(lambda *x: by_torch(*x)[used], [leaf.double() for leaf in leaves],
                 [grads[0].double()])
@@ -159,14 +159,14 @@ def test_one_result_may_be_left_unused(used):
 
 
 def test_another_seed_drops_others():
-    leaves, _ = inputs((6, 2, 40), torch.float32)
+    leaves, _ = inputs((3, 2, 40), torch.float32)
     terms = Sum(*leaves[:3], ALPHA, DROPOUT)
     other = replace(terms, dropout=Dropout(0.3, DROPOUT.seed + 1))
     assert not torch.equal(fused.residual_sum(terms), fused.residual_sum(other))
 
 
 def test_only_what_the_backward_pass_reads_is_kept():
-    leaves, _ = inputs((6, 2, 40), torch.float32)
+    leaves, _ = inputs((3, 2, 40), torch.float32)
     x, bias, residual, weight, norm_bias = (leaf.requires_grad_() for leaf in leaves)
     for dropout in (None, DROPOUT):
         terms = Sum(x, bias, residual, ALPHA, dropout)
