@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "training": ("data", "model"),
     "checkpoint": ("model.config",),
     "inference": ("model", "checkpoint", "data.tokenizer"),
+    "planning": (),
 }
 # Files that a reader can follow with numpy or torch alone, and a test can run without ranks.
 PURE = (
@@ -23,6 +24,7 @@ PURE = (
     "data/packing.py",
     "data/span_sampling.py",
     "checkpoint/quantization.py",
+    "planning/memory.py",
 )
 ENTRY_POINTS = (
     *("pretrain_glm.py", "tools/*.py", "benchmarks/*.py", "tests/conftest.py"),
