@@ -213,34 +213,42 @@ def judge(rows: list[dict]) -> list[Check]:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Bars of TFLOP/s of each backend, one group for each case."""
+    """Bars of TFLOP/s of each backend by packing and share, a panel for each shape and dropout."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    cases = sorted({_case(r) for r in rows if r["backend"] != CAUSAL})
-    names = sorted({r["backend"] for r in rows})
-    figure, axes = plt.subplots(figsize=(2 + 1.2 * len(cases), 5), layout="constrained")
-    for index, name in enumerate(names):
-        # Causal attention has no packing and no context: the same bar beside each.
-        of_name = {_case(r): r["tflops"] for r in rows if r["backend"] == name}
-        speeds = [
-            of_name.get((case[0], case[1], 1, 0.0) if name == CAUSAL else case, 0.0)
-            for case in cases
-        ]
-        width = 0.8 / len(names)
-        axes.bar([c + index * width for c in range(len(cases))], speeds, width, label=name)
-    labels = ["{}\ndropout {}\n{} samples\ncontext {}".format(*case) for case in cases]
-    axes.set_xticks([c + 0.4 for c in range(len(cases))], labels, fontsize=7)
-    axes.set_ylabel("TFLOP/s of the mask's work, forward and backward")
-    axes.legend()
+    shapes, dropouts, cases, names = (
+        list(dict.fromkeys(of(row) for row in rows))
+        for of in (lambda r: r["shape"], lambda r: r["dropout"], _case, lambda r: r["backend"])
+    )
+    figure, panels = plt.subplots(
+        len(shapes), len(dropouts), figsize=(7 * len(dropouts), 3 * len(shapes)),
+        layout="constrained", squeeze=False, sharex=True,
+    )  # fmt: skip
+    width = 0.8 / len(names)
+    for shape, line in zip(shapes, panels, strict=True):
+        for dropout, axes in zip(dropouts, line, strict=True):
+            own = [row for row in rows if (row["shape"], row["dropout"]) == (shape, dropout)]
+            for index, name in enumerate(names):
+                of_name = {_case(row): row["tflops"] for row in own if row["backend"] == name}
+                # Causal attention has no packing and no context: the same bar beside each.
+                causal = of_name.get((1, 0.0), 0.0) if name == CAUSAL else 0.0
+                speeds = [of_name.get(case, causal) for case in cases]
+                axes.bar([c + index * width for c in range(len(cases))], speeds, width, label=name)
+            axes.set_title(f"{shape}, dropout {dropout:g}", fontsize=9)
+            axes.set_ylabel("TFLOP/s of the mask's work")
+            labels = [f"{packing} samples\ncontext {share:g}" for packing, share in cases]
+            axes.set_xticks([c + 0.4 for c in range(len(cases))], labels, fontsize=7)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper right",
+                  ncols=len(names))  # fmt: skip
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
 def _case(row: dict) -> tuple:
-    return row["shape"], row["dropout"], row["packing"], row["share"]
+    return row["packing"], row["share"]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -1,20 +1,21 @@
 """Times prefill and decode by the form of the weights: `python -m benchmarks.decode`.
 
 For each form (fp16, bf16, INT8, INT4) and batch: milliseconds of reading the contexts and of one
-step, tokens a second, the speed of a step against bf16's, and what a step reads (weights and
-cache) as a share of the memory bandwidth that a copy reaches. Weights are random; forms take turns,
-so that whatever else the machine does falls on all of them. Prints the table and writes a record;
---plot draws it.
+step, tokens a second, TFLOP/s of the layers' products while reading, the speed of a step against
+bf16's, and what a step reads (weights and cache) as a share of the memory bandwidth that a copy
+reaches. Weights are random; forms take turns, so that whatever else the machine does falls on all
+of them. A form that does not fit has the reason in its row.
 """
 
 import argparse
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from benchmarks.records import add_run_flags, run_benchmark
+from benchmarks.records import add_run_flags, reason, run_benchmark
 from megatron_glm.checkpoint.quantization import QuantizedWeight, largest_code
 from megatron_glm.checkpoint.settings import Settings
 from megatron_glm.checkpoint.table import Dimensions, Tensor
@@ -126,12 +127,16 @@ class Measurement:
     def row(self, form: str, bandwidth: float, yardstick: "Measurement | None") -> dict:
         length = len(self._contexts[0])
         num_bytes = bytes_of_a_step(self.engine, self.batch, length)
+        dimensions = self.engine.settings.dimensions
+        h, f = dimensions.hidden_size, dimensions.ffn_hidden_size
+        flops = 2 * dimensions.num_layers * (4 * h * h + 3 * h * f) * self.batch * length
         row = {
             "form": form,
             "batch": self.batch,
             "weights_gib": self.engine.num_weight_bytes / 2**30,
             "prefill_ms": self.prefill_s * 1e3,
             "prefill_tokens_per_s": self.batch * length / self.prefill_s,
+            "prefill_tflops": flops / self.prefill_s / 1e12,
             "step_ms": self.step_s * 1e3,
             "tokens_per_s": self.batch / self.step_s,
             "read_gb_per_s": num_bytes / self.step_s / 1e9,
@@ -145,17 +150,37 @@ class Measurement:
 def run(arguments: argparse.Namespace) -> Iterator[dict]:
     """One row for each batch and form."""
     bandwidth = copy_bandwidth(torch.device(arguments.device))
-    engines = {form: make_engine(arguments, form) for form in arguments.forms}
+    engines: dict[str, Engine] = {}
+    errors: dict[str, str] = {}
+    for form in arguments.forms:
+        with noting_failure(errors, form):
+            engines[form] = make_engine(arguments, form)
     for batch in arguments.batches:
         measured = {
             form: Measurement(engine, batch, arguments.context, arguments.steps)
             for form, engine in engines.items()
         }
+        failed = dict(errors)
         for number in range(arguments.rounds):
-            for measurement in measured.values():
-                measurement.take(has_prefill=number < arguments.prefill_rounds)
-        for form, measurement in measured.items():
-            yield measurement.row(form, bandwidth, measured.get(YARDSTICK))
+            for form, measurement in measured.items():
+                if form not in failed:
+                    with noting_failure(failed, form):
+                        measurement.take(has_prefill=number < arguments.prefill_rounds)
+        yardstick = None if YARDSTICK in failed else measured.get(YARDSTICK)
+        for form in arguments.forms:
+            if form in failed:
+                yield {"form": form, "batch": batch, "error": failed[form]}
+            else:
+                yield measured[form].row(form, bandwidth, yardstick)
+
+
+@contextmanager
+def noting_failure(errors: dict[str, str], form: str) -> Iterator[None]:
+    """Notes why a form fails, and goes on."""
+    try:
+        yield
+    except (NotImplementedError, RuntimeError) as error:
+        errors[form] = reason(error)
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -170,7 +195,8 @@ def plot(rows: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(2 + 1.5 * len(batches), 4), layout="constrained")
     width = 0.8 / len(forms)
     for index, form in enumerate(forms):
-        speeds = [row["tokens_per_s"] for row in rows if row["form"] == form]
+        of_batch = {row["batch"]: row["tokens_per_s"] for row in rows if row["form"] == form}
+        speeds = [of_batch.get(batch, 0.0) for batch in batches]
         axes.bar([at + index * width for at in range(len(batches))], speeds, width, label=form)
     axes.set_xticks([at + 0.4 for at in range(len(batches))], [f"batch {b}" for b in batches])
     axes.set_yscale("log")

@@ -5,6 +5,9 @@ from typing import Any
 
 from benchmarks.training.components import COMPONENTS
 
+# From the ground up: what has to be, then what surrounds it.
+STACK = ("products", "attention", *(part for part in reversed(COMPONENTS[:-1])
+                                    if part not in ("products", "attention")), COMPONENTS[-1])
 
 def plot_components(rows: list[dict[str, Any]], path: Path) -> None:
     """Stacked bars of where the time of a step goes, one for each profiled model."""
@@ -12,12 +15,12 @@ def plot_components(rows: list[dict[str, Any]], path: Path) -> None:
     profiled = [row for row in rows if f"{COMPONENTS[0]}_ms" in row]
     labels = [f"{row['model']}\n{row['tflops']:.3g} TFLOP/s" for row in profiled]
     below = [0.0] * len(profiled)
-    for part in COMPONENTS:
+    for part in STACK:
         times = [row[f"{part}_ms"] for row in profiled]
         axes.bar(labels, times, 0.6, bottom=below, label=part.replace("_", "-"))
         below = [low + time for low, time in zip(below, times, strict=True)]
     axes.set_ylabel("milliseconds of a step, profiled")
-    axes.legend()
+    figure.legend(loc="outside upper right", ncols=4)
     _save(figure, path)
 
 
@@ -34,7 +37,7 @@ def plot_scaling(rows: list[dict[str, Any]], path: Path) -> None:
         axes.annotate(f"{row['tflops']:.3g} TFLOP/s", (x - 0.2, row["ms"]), ha="center", fontsize=7)
     axes.set_xticks(list(at), labels)
     axes.set_ylabel("milliseconds of a step")
-    axes.legend()
+    figure.legend(loc="outside upper right", ncols=4)
     _save(figure, path)
 
 

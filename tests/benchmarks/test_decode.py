@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from benchmarks import decode
 
@@ -35,7 +36,40 @@ def test_a_run_prints_a_table_and_leaves_a_record_and_a_plot(tmp_path, capsys):
         (batch, form) for batch in (1, 2) for form in ("bf16", "int8", "int4")
     ]
     assert all(0 < row["step_ms"] < 1e6 and 0 < row["prefill_ms"] < 1e6 for row in rows)
+    products = 2 * 2 * (4 * 64 * 64 + 3 * 64 * 128)
+    for row in rows:
+        flops = products * row["batch"] * 16
+        assert row["prefill_tflops"] == pytest.approx(flops / row["prefill_ms"] / 1e9)
     assert all(row["speed_of_bf16"] == 1 for row in rows if row["form"] == "bf16")
     assert record["settings"]["hidden_size"] == 64
     assert path.with_suffix(".png").stat().st_size > 1000
     assert capsys.readouterr().out.count("| int4") == 2
+
+
+def test_a_form_without_room_is_a_row_with_the_reason_and_the_others_go_on(tmp_path, monkeypatch):
+    make_engine = decode.make_engine
+
+    def make_engine_or_fail(arguments, form):
+        if form == "bf16":
+            raise torch.OutOfMemoryError("tried to allocate 64 GiB")
+        return make_engine(arguments, form)
+
+    take = decode.Measurement.take
+
+    def take_or_fail(self, has_prefill):
+        if self.batch == 2 and self.engine.num_weight_bytes < 100_000:
+            raise torch.OutOfMemoryError("the cache")
+        take(self, has_prefill)
+
+    monkeypatch.setattr(decode, "make_engine", make_engine_or_fail)
+    monkeypatch.setattr(decode.Measurement, "take", take_or_fail)
+    more = ["--batches", "1", "2", "--rounds", "1", "--plot", "--results", str(tmp_path)]
+    decode.main([*SIZES, *more])
+    (path,) = tmp_path.glob("decode-*.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["batch"], row["form"], row.get("error")) for row in rows] == [
+        (1, "bf16", "OutOfMemoryError: tried to allocate 64 GiB"), (1, "int8", None),
+        (1, "int4", None), (2, "bf16", "OutOfMemoryError: tried to allocate 64 GiB"),
+        (2, "int8", None), (2, "int4", "OutOfMemoryError: the cache"),
+    ]  # fmt: skip
+    assert not any("speed_of_bf16" in row for row in rows)
