@@ -166,6 +166,8 @@ def forward_step(data_iterator: Iterator | None, model: torch.nn.Module) -> tupl
 
 def main() -> None:
     args = parse_glm_args(tokenizer_from_args)
+    if args.rank == 0:
+        print(f"patches applied: {', '.join(patches.apply())}", flush=True)
     provide_fused_optimizer()
     check_steps(args)
     run_before_saves(store_ledger)

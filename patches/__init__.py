@@ -5,16 +5,15 @@ An entry point calls `patches.apply()` before it imports anything of Megatron.
 
 import importlib
 import logging
-import os
 import pkgutil
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from patches.patch import Patch, PatchDriftError
 
-__all__ = ["Patch", "PatchDriftError", "apply", "load"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["Patch", "PatchDriftError", "apply", "load", "quiet_import"]
 
 _applied: list[str] = []
 
@@ -46,14 +45,25 @@ def apply() -> list[str]:
     needed = {name: patch for name, patch in load().items() if patch.needed()}
     for name, patch in needed.items():
         patch.check_versions(name)
-    with warnings.catch_warnings():
-        # At its import Megatron says ten times that it goes without Transformer Engine and Apex.
-        warnings.simplefilter("ignore")
+    with quiet_import():
         for of_megatron in (False, True):
             _install({n: p for n, p in needed.items() if _is_of_megatron(p) is of_megatron})
-    if os.environ.get("RANK", "0") == "0":
-        logger.info("patches applied: %s", ", ".join(_applied))
     return list(_applied)
+
+
+@contextmanager
+def quiet_import() -> Iterator[None]:
+    """Keeps to itself what the first import of Megatron says: ten times that it goes without
+    Transformer Engine and Apex, and that there is a compiler for CUDA but no GPU."""
+    about_compiler = logging.getLogger("torch.utils.cpp_extension")
+    level = about_compiler.level
+    about_compiler.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        about_compiler.setLevel(level)
 
 
 def _install(stage: dict[str, Patch]) -> None:

@@ -6,15 +6,15 @@
 import argparse
 import textwrap
 
-from patches import Patch, PatchDriftError, load
+from patches import Patch, PatchDriftError, load, quiet_import
 
 README = """\
 # Faults of Megatron-Core, and their cures
 
-One fault a file. `patches.apply()` applies what the machine needs, before Megatron is imported,
-and logs the names; it refuses code that is not the code a patch was written against.
-`python -m patches` shows the state of each here. A test runs each fault without its patch: when
-upstream has cured one, that test says to delete the file. This page is made by
+One fault a file. `patches.apply()` applies what the machine needs, before Megatron is imported;
+it refuses code that is not the code a patch was written against. A training log names what was
+applied, and `python -m patches` shows the state of each here. A test runs each fault without its
+patch: when upstream has cured one, that test says to delete the file. This page is made by
 `python -m patches --readme`.
 
 | patch | needed | what goes wrong without it | upstream |
@@ -55,7 +55,9 @@ def main() -> None:
     if parser.parse_args().readme:
         print(readme(), end="")
     else:
-        print("\n".join(describe(name, patch) for name, patch in load().items()))
+        with quiet_import():
+            found = [describe(name, patch) for name, patch in load().items()]
+        print("\n".join(found))
 
 
 if __name__ == "__main__":

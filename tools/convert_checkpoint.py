@@ -1,9 +1,9 @@
 """Converts GLM checkpoints between Megatron, SAT (THUDM/GLM-130B) and Hugging Face.
 
     python tools/convert_checkpoint.py --from sat --to megatron --load glm-130b-sat --save glm-130b
-    python tools/convert_checkpoint.py --from megatron --to sat --load run --save run-sat \
+    python tools/convert_checkpoint.py --from megatron --to sat --load run --save run-sat \\
         --target-tp 4 --quantization-bit-width 4
-    python tools/convert_checkpoint.py --from megatron --to hf --load run --save run-hf \
+    python tools/convert_checkpoint.py --from megatron --to hf --load run --save run-hf \\
         --tokenizer-type IceTokenizer --tokenizer-model ice_text.model
 
 Works on one tensor at a time, without a GPU and without other ranks, from any tensor, pipeline and

@@ -78,8 +78,11 @@ def stage_parameters(args: argparse.Namespace, pp_rank: int) -> dict[str, int]:
 
 
 def main() -> None:
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--world-size", type=int, default=1, help="GPUs of the whole job.")
+    own = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    own.add_argument("--world-size", type=int, default=1, help="GPUs of the whole job; default 1")
     known, rest = own.parse_known_args()
     sys.argv[1:] = rest
     os.environ |= {"WORLD_SIZE": str(known.world_size), "RANK": "0"}
@@ -90,6 +93,8 @@ def main() -> None:
         fill_derived(args)
         validate_args(args)
         pin_padded_vocab_size(args, args.vocab_size or 1)
+    # Transformer Engine's linears have the same shapes, and need a GPU to be made.
+    args.transformer_impl = "local"
     torch.cuda.current_device = lambda: torch.device("meta")
 
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size

@@ -11,23 +11,17 @@ from a run's last checkpoint; flags given beside it are ignored.
 
 import argparse
 import contextlib
-import io
 import json
 import logging
 import os
 import sys
-import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# Megatron warns at import of every accelerator library that is not installed.
-warnings.simplefilter("ignore")
-
 import patches  # noqa: E402
 
-with contextlib.redirect_stdout(io.StringIO()):
-    patches.apply()
+patches.apply()
 
 import numpy as np  # noqa: E402
 from megatron.core.datasets.utils import Split  # noqa: E402

@@ -10,9 +10,7 @@ or of standard input is one; on a terminal it asks for them.
 
 import argparse
 import json
-import logging
 import sys
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from functools import partial
@@ -22,12 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import patches  # noqa: E402
 
-# Which patches there are, and that Megatron trains without Transformer Engine, is of no interest.
-logging.getLogger("patches").setLevel(logging.WARNING)
-logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    patches.apply()
+patches.apply()
 
 import torch  # noqa: E402
 
@@ -184,7 +177,25 @@ def serve(args: argparse.Namespace, filler: Filler, layout: Layout) -> None:
     run_server(service, search_config(args, args.seed), config, partial(print, flush=True))
 
 
+def check_args(args: argparse.Namespace) -> None:
+    """GLMError where a number is outside its range."""
+    ranges = {
+        "tensor_model_parallel_size": (1, sys.maxsize),
+        "pipeline_model_parallel_size": (1, sys.maxsize),
+        "max_batch_size": (1, sys.maxsize),
+        "max_body_bytes": (1, sys.maxsize),
+        "max_waiting": (0, sys.maxsize),
+        "port": (0, 65535),
+    }
+    for name, (least, most) in ranges.items():
+        value = getattr(args, name)
+        if not least <= value <= most:
+            rule = f"at least {least}" if most == sys.maxsize else f"from {least} to {most}"
+            raise GLMError(f"--{name.replace('_', '-')} {value}: must be {rule}")
+
+
 def generate(args: argparse.Namespace) -> None:
+    check_args(args)
     device = default_device()
     with process_group(device):
         run_tool(args, device)

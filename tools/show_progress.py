@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron_glm.data.blank_infilling import OBJECTIVE_NAMES
 from megatron_glm.training.log_lines import LogLine, read_line
 
+_RESUMED = re.compile(r"successfully loaded checkpoint .* at iteration (\d+)")
 _NEWS = (
-    (re.compile(r"successfully loaded checkpoint .* at iteration (\d+)"), "resumed after step {}"),
+    (_RESUMED, "resumed after step {}"),
     (re.compile(r"successfully saved checkpoint from iteration +(\d+)"), "saved after step {}"),
     (re.compile(r"(pretrain_glm\.py: error: .*)"), "{}"),
 )
@@ -26,14 +27,20 @@ def show(lines: Iterable[str], seq_length: int) -> Iterator[str]:
     """The lines to show for the lines of a log. seq_length: tokens in a sequence."""
     columns: list[str] = []
     last_news = None
+    resumed = None
     for line in lines:
         report = read_line(line)
         if report is None:
             news = _news(line)
+            if match := _RESUMED.search(line):
+                resumed = int(match[1])
             # A run that ends where it saves says so twice.
             if news and news != last_news:
                 yield f"  {news}"
                 last_news = news
+            continue
+        if report.iteration - 1 == resumed and not report.is_valid:
+            # A run reports its first step by itself, which has waited for all that is set up late.
             continue
         names = [name for name in OBJECTIVE_NAMES.values() if name in report.losses]
         if report.is_valid:

@@ -5,6 +5,7 @@
 Says nothing of its own: the tree repeats the first line of each file, the table each patch.
 """
 
+import argparse
 import ast
 import re
 import sys
@@ -19,11 +20,15 @@ README = ROOT / "README.md"
 # What a reader needs to find; folders stand for their files unless these are listed too.
 TREE = (
     "pretrain_glm.py", "megatron_glm/", "megatron_glm/*.py", "megatron_glm/*/", "patches/",
-    "tools/*", "examples/*.sh", "benchmarks/", "benchmarks/*.py", "benchmarks/*/", "tests/",
-    "Makefile", "constraints.txt", "pyproject.toml", ".ci/run",
+    "examples/", "examples/*.sh", "tools/", "tools/*", "benchmarks/", "benchmarks/*.py",
+    "benchmarks/*/", "tests/", "Makefile", "constraints.txt", "pyproject.toml", ".ci/run",
 )
-TESTS = "Tests, in folders like the sources'"
-PURPOSE_COLUMN = 32
+# Of folders without a Python package in them.
+FOLDERS = {
+    "examples/": "Whole runs",
+    "tools/": "Programs for data, runs and checkpoints",
+    "tests/": "Tests, in folders like the sources'",
+}
 
 
 def purpose(path: Path) -> str:
@@ -47,7 +52,7 @@ def source_tree(root: Path = ROOT) -> str:
         for path in sorted(root.glob(pattern.rstrip("/"))):
             if path.is_dir() == pattern.endswith("/") and not path.name.startswith("__"):
                 name = path.relative_to(root).as_posix() + "/" * path.is_dir()
-                found.append((name, TESTS if name == "tests/" else purpose(path)))
+                found.append((name, FOLDERS.get(name) or purpose(path)))
     found = [(name, text) for name, text in found if text]
     rows = []
     for name, text in found:
@@ -55,8 +60,9 @@ def source_tree(root: Path = ROOT) -> str:
         folder, _, last = name.rstrip("/").rpartition("/")
         is_inside = f"{folder}/" in dict(found)
         shown = "  " + last + "/" * name.endswith("/") if is_inside else name
-        rows.append(f"{shown:{PURPOSE_COLUMN}}{text}")
-    return "```text\n" + "\n".join(rows) + "\n```\n"
+        rows.append((shown, text))
+    width = max(len(shown) for shown, _ in rows) + 2
+    return "```text\n" + "\n".join(f"{shown:{width}}{text}" for shown, text in rows) + "\n```\n"
 
 
 def patches_table(patches: dict[str, Patch]) -> str:
@@ -83,6 +89,9 @@ def updated(readme: str) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     README.write_text(updated(README.read_text()))
 
 

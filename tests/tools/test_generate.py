@@ -172,6 +172,15 @@ def fails(capsys, *arguments):
     return error
 
 
+@pytest.mark.parametrize("flag, value, rule", [
+    ("--max-batch-size", "0", "at least 1"), ("--max-waiting", "-1", "at least 0"),
+    ("--port", "65536", "from 0 to 65535"),
+])  # fmt: skip
+def test_numbers_out_of_range_are_refused(folder, capsys, flag, value, rule):
+    error = fails(capsys, *flags(folder), *prompts("a"), flag, value)
+    assert f"{flag} {value}: must be {rule}" in error
+
+
 def test_another_tokenizer_is_refused(folder, tmp_path, capsys):
     other = tmp_path / "other.json"
     other.write_bytes(train_byte_level_bpe([TEXT[::-1] * 3], 290))

@@ -27,6 +27,14 @@ def test_heads_and_news_are_shown_once_and_noise_not_at_all():
     assert "[MASK] 5.500" in lines[3] and lines[4].strip() == "saved after step 20"
 
 
+def test_the_single_step_that_a_resumed_run_reports_first_is_left_out():
+    loaded = "  successfully loaded checkpoint from /tmp/c [ t 1/1, p 1/1 ] at iteration 20\n"
+    first, later = STEP.replace("20/", "21/"), STEP.replace("20/", "30/")
+    lines = list(show_progress.show([loaded, first, later], seq_length=256))
+    assert lines[0].strip() == "resumed after step 20"
+    assert [line.split()[0] for line in lines[1:]] == ["step", "30/50"]
+
+
 def test_an_error_of_the_run_is_shown():
     error = "[rank0]: pretrain_glm.py: error: --lr: too small\n"
     assert list(show_progress.show([error], 256)) == ["  pretrain_glm.py: error: --lr: too small"]
