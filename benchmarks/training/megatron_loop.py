@@ -45,7 +45,7 @@ def take_turns(turns: Turns) -> None:
     def train_step(forward_step, data, model, optimizer, *args, **kwargs):
         if turns.num_parameters is None:
             turns.built(*model)
-            optimizer.step = _marked(optimizer.step)
+            optimizer.step = _marked(optimizer.step, turns)
         turns.before_step()
         result = step(forward_step, data, model, optimizer, *args, **kwargs)
         turns.skipped(result[1])
@@ -54,9 +54,9 @@ def take_turns(turns: Turns) -> None:
     training.train_step = train_step
 
 
-def _marked(step: Callable) -> Callable:
+def _marked(step: Callable, turns: Turns) -> Callable:
     def marked_step(*args, **kwargs):
-        with record_function(OPTIMIZER):
+        with turns.part("optimizer"), record_function(OPTIMIZER):
             return step(*args, **kwargs)
 
     return marked_step

@@ -9,7 +9,8 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
@@ -78,15 +79,26 @@ class Turns:
         """Notes optimizer steps that an overflow left out."""
         self._num_skipped += count
 
-    def spent(self, name: str, seconds: float) -> None:
-        """Notes a part of the round's time."""
-        self._parts[name] = self._parts.get(name, 0.0) + seconds
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Times a part of a step, beside the whole."""
+        if self.device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._parts.append((name, lambda: begin.elapsed_time(end) / 1e3))
+        else:
+            begin = time.perf_counter()
+            yield
+            seconds = time.perf_counter() - begin
+            self._parts.append((name, lambda: seconds))
 
     def _begin_round(self, variant: str, num_steps: int, is_profiled: bool) -> None:
         self.variant, self._left, self._num_steps = variant, num_steps, num_steps
         self._samples: list[Tensor] = []
         self._num_skipped = 0
-        self._parts: dict[str, float] = {}
+        self._parts: list[tuple[str, Callable[[], float]]] = []
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()
@@ -101,7 +113,8 @@ class Turns:
         report = {"seconds": seconds / self._num_steps, "device": self.device.type}
         if self.num_parameters is not None:
             report["parameters"] = self.num_parameters
-        report["parts"] = {name: part / self._num_steps for name, part in self._parts.items()}
+        for name, part in self._parts:
+            report[f"{name}_s"] = report.get(f"{name}_s", 0.0) + part() / self._num_steps
         if self._profile is not None:
             report["components"] = {
                 name: part / self._num_steps
