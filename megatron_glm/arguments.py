@@ -20,6 +20,7 @@ from megatron_glm.data.tokenizer import TEXT_SCHEMES, TOKENIZER_TYPES
 from megatron_glm.errors import exit_with_one_line
 from megatron_glm.flag_rules import FlagError, check_flags, check_tokenizer_flags
 from megatron_glm.model.config import GLMArchitecture
+from megatron_glm.model.linears import select_linears
 from megatron_glm.presets import PRESETS
 
 
@@ -160,6 +161,8 @@ def parse_glm_args(build_tokenizer: Callable[[Namespace], Any]) -> Namespace:
     with exit_with_one_line(AssertionError, rank=args.rank):
         check_flags(args)
         check_tokenizer_flags(args)
+        # Before anything is built, see whether it can be had here.
+        select_linears(args.transformer_impl)
         fill_derived(args)
         validate_args(args)
         global_vars.build_tokenizer = build_tokenizer

@@ -29,7 +29,8 @@ _ONE_ACTIVATION = "the MLP is GeGLU with the exact GELU; drop the flag (--glu-ac
 _ONE_POSITION = "positions are rotary by position id, over the whole head; drop the flag"
 _ONE_NORM = "the norm is DeepNorm's LayerNorm with weight, bias and epsilon 1e-5; drop the flag"
 _DENSE_ONLY = "GLM is a dense transformer with plain multi-head attention; drop the flag"
-_LOCAL_ONLY = "not supported by the local implementation; drop the flag"
+_FEW_BITS = "no GLM has been shown yet to train in 8 or 4 bits as well as in 16; drop the flag"
+_UNTRIED = "its communication has never been tried with GLM's layer; drop the flag"
 _OBJECTIVE = "the blank-infilling dataset does not read it; drop the flag"
 
 RULES: tuple[Rule, ...] = (
@@ -56,7 +57,7 @@ RULES: tuple[Rule, ...] = (
     Rule("fused_residual_rmsnorm", "--fused-residual-rmsnorm", (False,), _ONE_NORM),
     Rule("qk_layernorm", "--qk-layernorm", (False,), _ONE_NORM),
     Rule("qk_l2_norm", "--qk-l2-norm", (False,), _ONE_NORM),
-    Rule("qk_clip", "--qk-clip", (False,), _LOCAL_ONLY),
+    Rule("qk_clip", "--qk-clip", (False,), _DENSE_ONLY),
     Rule("fp32_residual_connection", "--fp32-residual-connection", (False,),
          "the residual is the output of the norm, in the norm's dtype; drop the flag"),
     Rule("add_bias_linear", "--disable-bias-linear", (True,),
@@ -79,8 +80,19 @@ RULES: tuple[Rule, ...] = (
     Rule("mtp_num_layers", "--mtp-num-layers", (None, 0), _DENSE_ONLY),
     Rule("hybrid_layer_pattern", "--hybrid-layer-pattern", (None,), _DENSE_ONLY),
     Rule("spec", "--spec", (None,), "the layer is GLM's; drop the flag"),
-    Rule("transformer_impl", "--transformer-impl", ("local",),
-         "only Megatron's own linears are supported yet; leave it at local"),
+    Rule("transformer_impl", "--transformer-impl", ("local", "transformer_engine"),
+         "a layer is made of Megatron's or Transformer Engine's linears; choose one of the two"),
+    Rule("use_transformer_engine_op_fuser", "--use-transformer-engine-op-fuser", (False,),
+         _ONE_ACTIVATION),
+    Rule("tensor_parallel_num_weight_shards", "--tensor-parallel-num-weight-shards", (None,),
+         "it cuts through heads, which DeepNorm's initialisation needs whole; use --tensor-model-"
+         "parallel-size, and --use-distributed-optimizer for the optimizer's share"),
+    Rule("tp_comm_overlap", "--tp-comm-overlap", (False,), _UNTRIED),
+    Rule("symmetric_ar_type", "--symmetric-ar-type", (None,), _UNTRIED),
+    Rule("delay_wgrad_compute", "--delay-wgrad-compute", (False,), _DENSE_ONLY),
+    Rule("cpu_offloading_num_layers", "--cpu-offloading-num-layers", (0,),
+         "it moves what Transformer Engine's own attention and norms keep, which GLM does not use; "
+         "use --recompute-granularity"),
     Rule("context_parallel_size", "--context-parallel-size", (1,),
          "context parallelism is not supported yet: it assumes a causal mask; use --tensor-model-"
          "parallel-size with --sequence-parallel for long sequences"),
@@ -97,8 +109,9 @@ RULES: tuple[Rule, ...] = (
          "the embedding gradient shrink is not proven under FSDP; use --use-distributed-optimizer"),
     Rule("use_torch_fsdp2", "--use-torch-fsdp2", (False,),
          "the embedding gradient shrink is not proven under FSDP; use --use-distributed-optimizer"),
-    Rule("fp8", "--fp8-format", (None,), _LOCAL_ONLY),
-    Rule("fp4", "--fp4-format", (None,), _LOCAL_ONLY),
+    Rule("fp8", "--fp8-format", (None,), _FEW_BITS),
+    Rule("fp4", "--fp4-format", (None,), _FEW_BITS),
+    Rule("te_precision_config_file", "--te-precision-config-file", (None,), _FEW_BITS),
     Rule("reset_position_ids", "--reset-position-ids", (False,), _OBJECTIVE),
     Rule("eod_mask_loss", "--eod-mask-loss", (False,), _OBJECTIVE),
     Rule("fim_data", "--fim-data", (False,), _OBJECTIVE),

@@ -87,6 +87,8 @@ def test_every_rule_refuses_by_name(parser, rule):
         (["--norm-epsilon", "1e-6"], "--norm-epsilon 1e-06"),
         (["--context-parallel-size", "2"], "--context-parallel-size 2"),
         (["--recompute-modules", "layernorm"], "--recompute-modules layernorm"),
+        (["--fp8-format", "hybrid"], "--fp8-format hybrid"),
+        (["--tp-comm-overlap"], "--tp-comm-overlap"),
         (["--hidden-size", "60", "--num-attention-heads", "12"], "--num-attention-heads 12"),
         (["--train-iters", "5", "--lr-warmup-iters", "5"], "--lr-warmup-iters 5"),
         (["--glm-attention-backend", "fast"], "--glm-attention-backend fast"),

@@ -35,10 +35,11 @@ def test_the_example_builds_130b_parameters():
     assert f"{parameters_by_hand():,} parameters in all (128.7B)" in result.stdout
 
 
-def test_the_number_of_parameters_does_not_depend_on_the_layout():
+def test_the_number_of_parameters_does_not_depend_on_the_layout_or_the_linears():
     result = dry_run(
         "--tensor-model-parallel-size", "8", "--pipeline-model-parallel-size", "4",
         "--decoder-first-pipeline-num-layers", "17", "--decoder-last-pipeline-num-layers", "17",
+        "--transformer-impl", "transformer_engine",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert f"{parameters_by_hand():,} parameters in all" in result.stdout
