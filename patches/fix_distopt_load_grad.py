@@ -31,7 +31,7 @@ PATCH = Patch(
     "with the distributed optimizer cannot resume",
     upstream="not reported",
     versions={"megatron-core": "==0.19.*"},
-    when="no Transformer Engine or Apex",
+    when="always",
     targets=(
         Target(
             "megatron.core.optimizer.distrib_optimizer:"
