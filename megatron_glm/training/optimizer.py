@@ -14,10 +14,14 @@ from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer import optimizer as mixed_precision
 from torch import Tensor
 
+from megatron_glm.training.optimizer_state import with_steps_by_group, with_steps_by_weight
+
 
 def provide_fused_optimizer() -> None:
-    """Fills the places that Megatron has for Apex; does nothing where a fused Adam is installed."""
+    """Fills the places that Megatron has for Apex; where a fused Adam is installed, only has it
+    load the state of any other."""
     if not megatron_optimizer.USING_PYTORCH_OPTIMIZER:
+        megatron_optimizer.Adam = loading_any_state(megatron_optimizer.Adam)
         return
     megatron_optimizer.Adam = FusedAdam
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
@@ -37,9 +41,17 @@ class FusedAdam(torch.optim.Adam):
         super().__init__(params, decoupled_weight_decay=adam_w_mode, fused=True, **options)
 
     def load_state_dict(self, state_dict: dict) -> None:
-        # How a step is computed is no property of a checkpoint, which stores it all the same.
-        groups = [group | {"fused": True, "foreach": None} for group in state_dict["param_groups"]]
-        super().load_state_dict(state_dict | {"param_groups": groups})
+        super().load_state_dict(with_steps_by_weight(state_dict, self.defaults))
+
+
+def loading_any_state(adam: type) -> type:
+    """The Adam of Transformer Engine or Apex that also loads what torch's has saved."""
+
+    class LoadingAdam(adam):
+        def load_state_dict(self, state_dict: dict) -> None:
+            super().load_state_dict(with_steps_by_group(state_dict, self.defaults))
+
+    return LoadingAdam
 
 
 def l2_norm(
