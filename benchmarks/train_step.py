@@ -4,8 +4,9 @@
 
 The GLM is `pretrain_glm.py` itself on packed batches of the published mix; "causal" is the same
 program on samples without context; "stock" is Megatron-Core's GPT without extensions; "llama" is
-transformers' under torch.compile. Each trains in a process of its own, those of a group take turns
-in rounds, and the median counts. TFLOP/s are of the paper's formula with the mask's real work;
+transformers' under torch.compile, which then gives attention a dense mask, and "llama-causal" the
+same without one. Each trains in a process of its own, those of a group take turns in rounds, and
+the median counts. TFLOP/s are of the paper's formula with the mask's real work;
 "products" times the products of a step alone, which is the ceiling. Every row says in milliseconds
 where one step's time went. A model that fails has the reason in its row.
 """
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.records import Check, add_run_flags, run_benchmark
-from benchmarks.training.rates import COPY_BYTES
+from benchmarks.training.rates import COPY_BYTES, NUM_COPIES
 from benchmarks.training.rounds import Entry, Plan, measure
 from benchmarks.training.step_plots import plot_components, plot_scaling
 from benchmarks.training.turns import Task
@@ -46,6 +47,7 @@ class Model(NamedTuple):
     program: str
     variants: tuple[str, ...]
     dtype: str = "bf16"
+    options: dict[str, Any] = {}  # noqa: RUF012
 
 
 RATES = "rates"
@@ -54,6 +56,9 @@ MODELS = {
     "glm": Model("benchmarks.training.glm", ("glm", "causal")),
     "glm-fp16": Model("benchmarks.training.glm", ("glm-fp16",), "fp16"),
     "llama": Model("benchmarks.training.llama", ("llama",)),
+    "llama-causal": Model(
+        "benchmarks.training.llama", ("llama-causal",), options={"without_mask": True}
+    ),
     "stock": Model("benchmarks.training.stock", ("stock",)),
 }
 
@@ -70,8 +75,8 @@ H12288 = Size(2, 12288, 96, 32768, 50304, 2048, micro_batch_size=1, num_micro_ba
 TINY = Size(2, 64, 4, 160, 512, 128, micro_batch_size=2, num_micro_batches=2)
 ALL = (("rates", "glm", "llama"), ("stock",))
 PRESETS = {
-    "tiny": Preset((TINY,), ALL),
-    "4096": Preset((H4096,), ALL),
+    "tiny": Preset((TINY,), (*ALL, ("llama-causal",))),
+    "4096": Preset((H4096,), (*ALL, ("llama-causal",))),
     "12288": Preset((H12288,), ALL),
     "fp16": Preset((H4096,), (("glm", "glm-fp16"),)),
     # As many tokens a step in each.
@@ -113,7 +118,9 @@ class Table:
     def _entry(self, name: str) -> Entry:
         model, options = MODELS[name], self.arguments
         flags = options.glm_flags if "glm" in model.program else ()
-        task = Task(model.program, self.size, model.dtype, options.dropout, tuple(flags))
+        task = Task(
+            model.program, self.size, model.dtype, options.dropout, tuple(flags), model.options
+        )
         return Entry(task, model.variants, options.components and name != RATES)
 
     def _ceiling(self, variant: str, reports: list[dict]) -> dict[str, Any]:
@@ -121,9 +128,8 @@ class Table:
         seconds = statistics.median(report["seconds"] for report in reports)
         work = {
             "products": product_flops(self.size),
-            "attention": attention_flops(self.size, causal_pairs(self.size))
-            / (self.size.num_layers * self.size.num_micro_batches),
-            "copy": 2 * COPY_BYTES[reports[0]["device"]],
+            "attention": attention_flops(self.size, causal_pairs(self.size)),
+            "copy": 2 * NUM_COPIES * COPY_BYTES[reports[0]["device"]],
         }[variant]
         self.rates[variant] = work / seconds
         unit = {"gb_per_s": 1e9} if variant == "copy" else {"tflops": 1e12}

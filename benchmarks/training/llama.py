@@ -1,18 +1,30 @@
 """A Llama of transformers under torch.compile, as fast as its user gets it.
 
 Scaled dot product attention, fused AdamW, weights, gradients and moments in 16 bit, gradients
-accumulated over the micro-batches of a step and clipped.
+accumulated over the micro-batches of a step and clipped. Under torch.compile, transformers hands
+this version of torch a dense mask, which rules out its flash kernels; the option `without_mask`
+makes it leave the mask out, as it does uncompiled.
 """
 
 from itertools import cycle
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from benchmarks.attention import DTYPES
 from benchmarks.training.turns import Task, Turns
 
 NUM_BATCHES = 16
+# Scaled dot product attention that is told it is causal.
+WITHOUT_MASK = "sdpa_without_mask"
+AttentionInterface.register(WITHOUT_MASK, sdpa_attention_forward)
+AttentionMaskInterface.register(WITHOUT_MASK, lambda *args, **kwargs: None)
 
 
 def run(task: Task, turns: Turns) -> None:
@@ -45,7 +57,8 @@ def build(task: Task, device: torch.device) -> LlamaForCausalLM:
         intermediate_size=size.ffn_hidden_size, num_attention_heads=size.num_heads,
         num_key_value_heads=size.num_heads, max_position_embeddings=size.seq_length,
         attention_dropout=task.dropout, tie_word_embeddings=True, use_cache=False,
-        attn_implementation="sdpa", dtype=DTYPES[task.dtype],
+        attn_implementation=WITHOUT_MASK if task.options.get("without_mask") else "sdpa",
+        dtype=DTYPES[task.dtype],
     )  # fmt: skip
     before = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[task.dtype])

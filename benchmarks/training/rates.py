@@ -1,8 +1,8 @@
 """What the device reaches on the parts of a step: the ceilings that steps are compared with.
 
 Variant "products": every product of a step, forward and both backward forms, on buffers of its own
-and nothing else. "attention": torch's best causal attention, forward and backward. "copy": one copy
-that no cache holds.
+and nothing else. "attention": torch's best causal attention for every layer of a step, forward and
+backward. "copy": some copies that no cache holds.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from benchmarks.attention import DTYPES, causal_attention
 from benchmarks.training.turns import Task, Turns
 from benchmarks.training.work import Size, products
 
-COPY_BYTES = {"cuda": 1 << 31, "cpu": 1 << 26}
+COPY_BYTES, NUM_COPIES = {"cuda": 1 << 31, "cpu": 1 << 26}, 10
 
 
 def run(task: Task, turns: Turns) -> None:
@@ -53,7 +53,7 @@ def product_work(size: Size, dtype: torch.dtype, device: torch.device) -> Callab
 
 
 def attention_work(size: Size, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
-    """Causal attention of one micro-batch and layer."""
+    """Causal attention of every micro-batch and layer of a step."""
     heads, dim = size.num_heads, size.head_dim
     mixed = torch.randn(
         size.seq_length, size.micro_batch_size, heads, 3 * dim, dtype=dtype, device=device,
@@ -64,15 +64,21 @@ def attention_work(size: Size, dtype: torch.dtype, device: torch.device) -> Call
     )
 
     def work() -> None:
-        mixed.grad = None
-        out = causal_attention(*mixed.split(dim, dim=-1), None, softmax_scale=dim**-0.5)
-        out.backward(gradient)
+        for _ in range(size.num_layers * size.num_micro_batches):
+            mixed.grad = None
+            out = causal_attention(*mixed.split(dim, dim=-1), None, softmax_scale=dim**-0.5)
+            out.backward(gradient)
 
     return work
 
 
 def copy_work(device: torch.device) -> Callable[[], None]:
-    """One copy of COPY_BYTES."""
+    """NUM_COPIES copies of COPY_BYTES."""
     source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return lambda: target.copy_(source)
+
+    def work() -> None:
+        for _ in range(NUM_COPIES):
+            target.copy_(source)
+
+    return work

@@ -25,7 +25,7 @@ from benchmarks.training.turns import Task, Turns
 WITHOUT_EXTENSIONS = (
     "--transformer-impl", "local", "--position-embedding-type", "rope", "--no-rope-fusion",
     "--no-gradient-accumulation-fusion", "--no-masked-softmax-fusion", "--no-persist-layer-norm",
-    "--swiglu", "--attention-softmax-in-fp32",
+    "--swiglu",
 )  # fmt: skip
 NUM_BATCHES = 16
 

@@ -24,8 +24,10 @@ def run(tmp_path_factory):
 def test_every_model_is_measured(run):
     record, path = run
     rows = {row["model"]: row for row in record["rows"]}
-    assert [row.get("error") for row in record["rows"]] == [None] * 7
-    assert list(rows) == ["products", "attention", "copy", "glm", "causal", "llama", "stock"]
+    assert [row.get("error") for row in record["rows"]] == [None] * 8
+    assert list(rows) == [
+        "products", "attention", "copy", "glm", "causal", "llama", "stock", "llama-causal"
+    ]  # fmt: skip
     assert all(row["ms"] > 0 for row in record["rows"])
     for model in ("glm", "llama", "stock"):
         row = rows[model]
@@ -45,7 +47,7 @@ def test_speeds_follow_from_times_and_masks(run):
     (size,) = train_step.PRESETS["tiny"].sizes
     rows = {row["model"]: row for row in run[0]["rows"]}
     causal = (size.seq_length + 1) / (2 * size.seq_length)
-    for model in ("causal", "llama", "stock"):
+    for model in ("causal", "llama", "llama-causal", "stock"):
         assert rows[model]["of_square_mask"] == pytest.approx(causal)
     assert rows["glm"]["of_square_mask"] != pytest.approx(causal, rel=1e-4)
     ceiling = product_flops(size) / rows["products"]["ms"] / 1e9
