@@ -7,6 +7,7 @@ import torch
 
 from megatron_glm.training.batch import SAMPLE_KEYS, TOKEN_KEYS, unpack_columns
 from megatron_glm.training.loss import LossParts, token_loss
+from tests.operations import Operations
 
 VOCABULARY = 1000
 
@@ -89,3 +90,16 @@ def test_sources_are_those_of_the_phase():
     report = LossParts({}, {0: "train"}, {0: "train", 1: "held-out"}, VOCABULARY)
     assert set(report(losses, batch, True)) == {"lm loss"}
     assert set(report(losses, batch, False)) == {"lm loss", "lm loss train", "lm loss held-out"}
+
+
+def test_more_sources_take_no_more_operations():
+    batch, losses = make_batch([[0, 1]], [[0, 1]], [[6, 12]])
+    totals = set()
+    for num_sources in (2, 20):
+        report = parts(*(f"source {number}" for number in range(num_sources)))
+        report(losses, batch, True)
+        with Operations() as operations:
+            report(losses, batch, True)
+        totals.add(operations.counts.total())
+    (total,) = totals
+    assert total <= 30

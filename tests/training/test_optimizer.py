@@ -6,10 +6,10 @@ from collections import Counter
 import pytest
 import torch
 from megatron.core import tensor_parallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_glm.training import optimizer
 from megatron_glm.training.optimizer import FusedAdam, provide_fused_optimizer
+from tests.operations import Operations
 from tests.ranks import run_ranks
 from tests.training.stepping import Stepping
 
@@ -104,19 +104,6 @@ def test_a_run_is_that_with_the_fallback(dtype, distributed, tolerance):
     assert fused[1] == pytest.approx(stock[1], rel=tolerance)
     assert fused[2] == pytest.approx(stock[2], rel=50 * tolerance)
     assert stock[1][-1] < stock[1][0]
-
-
-class Operations(TorchDispatchMode):
-    """Counts the operations that reach a device, by name; views reach none."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not func.is_view:
-            self.counts[func.overloadpacket.__name__] += 1
-        return func(*args, **kwargs or {})
 
 
 def operations_of_a_step(fused: bool, dtype: str, distributed: bool) -> Counter:
