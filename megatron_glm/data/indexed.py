@@ -28,6 +28,8 @@ VERSION = 1
 DTYPE_CODES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 # Numbers handled at once: memory stays flat whatever the size of the index.
 CHUNK = 1 << 20
+# Bytes at either end of a .bin that every start compares, however large the file is.
+END_BYTES = 1 << 20
 
 
 class IndexedDatasetError(GLMError):
@@ -85,9 +87,10 @@ def _put_sums(
 def check_indexed_dataset(prefix: str | Path, contents: bool = False) -> None:
     """Finds out whether PREFIX.bin and PREFIX.idx are whole and belong together.
 
-    Reads the index in constant memory, and of the .bin only its size. Where preprocessing has left
-    PREFIX.checksums.json, the index must have the CRC-32 that it tells, and with `contents` the
-    .bin too, which is then read whole. IndexedDatasetError says what is wrong with which file.
+    Reads the index in constant memory. Where preprocessing has left PREFIX.checksums.json, the
+    index must have the CRC-32 that it tells, and the .bin one of its first and last `END_BYTES`,
+    which tells the file of another dataset and the hole of a copy that was cut off; with `contents`
+    the .bin is read whole. IndexedDatasetError says what is wrong with which file.
     """
     idx, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for path in (idx, data):
@@ -99,10 +102,14 @@ def check_indexed_dataset(prefix: str | Path, contents: bool = False) -> None:
     num_bytes = _check_index(idx)
     if data.stat().st_size != num_bytes:
         raise _damaged(data, f"{data.stat().st_size} bytes, and not the {num_bytes} of its index")
-    sums = Path(f"{prefix}.checksums.json")
+    sums = checksums_path(prefix)
     if sums.exists():
-        checks = [(idx, "idx_crc32"), (data, "bin_crc32")]
-        _check_sums(sums, checks if contents else checks[:1])
+        _check_sums(sums, idx, data, contents)
+
+
+def checksums_path(prefix: str | Path) -> Path:
+    """Where the checksums of a dataset are."""
+    return Path(f"{prefix}.checksums.json")
 
 
 def _damaged(path: Path, what: str) -> IndexedDatasetError:
@@ -169,15 +176,26 @@ def _check_bounds(idx: Path, bounds: np.ndarray, num_sequences: int) -> None:
             raise _damaged(idx, f"document {first + bad[0]} ends before it starts")
 
 
-def _check_sums(sums: Path, checks: list[tuple[Path, str]]) -> None:
+def _check_sums(sums: Path, idx: Path, data: Path, contents: bool) -> None:
+    checks = [("idx_crc32", idx, crc32_of), ("bin_ends_crc32", data, ends_crc32_of)]
+    if contents:
+        checks.append(("bin_crc32", data, crc32_of))
     try:
-        expected = json.loads(sums.read_text())
-        expected = {name: int(expected[name]) for _, name in checks}
+        stored = json.loads(sums.read_text())
+        expected = {name: int(stored[name]) for name, _, _ in checks}
     except (ValueError, TypeError, KeyError) as error:
         raise _damaged(sums, f"cannot be read ({error!r})") from error
-    for path, name in checks:
-        if (crc := crc32_of(path)) != expected[name]:
-            raise _damaged(path, f"its CRC-32 is {crc}, and not the {expected[name]} in {sums}")
+    for name, path, measure in checks:
+        if (crc := measure(path)) != expected[name]:
+            raise _damaged(path, f"its {name} is {crc}, and not the {expected[name]} in {sums}")
+
+
+def ends_crc32_of(path: Path) -> int:
+    """CRC-32 of the first `END_BYTES` of a file followed by the last."""
+    with path.open("rb") as stream:
+        crc = zlib.crc32(stream.read(END_BYTES))
+        stream.seek(max(0, path.stat().st_size - END_BYTES))
+        return zlib.crc32(stream.read(END_BYTES), crc)
 
 
 def crc32_of(path: Path) -> int:

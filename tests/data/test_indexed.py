@@ -27,8 +27,10 @@ def write_dataset(prefix, documents, dtype=np.uint16, checksums=False):
         builder.add_document(rng.randint(0, 9999, sum(lengths)).astype(dtype), lengths)
     builder.finalize(f"{prefix}.idx")
     if checksums:
-        sums = {f"{kind}_crc32": zlib.crc32(prefix.with_suffix(f".{kind}").read_bytes())
-                for kind in ("bin", "idx")}
+        data, idx = (prefix.with_suffix(f".{kind}").read_bytes() for kind in ("bin", "idx"))
+        ends = data[: indexed.END_BYTES] + data[-indexed.END_BYTES :]
+        sums = {"bin_crc32": data, "bin_ends_crc32": ends, "idx_crc32": idx}
+        sums = {name: zlib.crc32(part) for name, part in sums.items()}
         prefix.with_suffix(".checksums.json").write_text(json.dumps(sums))
 
 
@@ -152,6 +154,23 @@ def test_fuzzed_ids_are_found_by_their_checksum(prefix):
         else:
             with pytest.raises(IndexedDatasetError, match=r"data\.bin: "):
                 check_indexed_dataset(prefix, contents=True)
+
+
+@pytest.mark.parametrize("damage", ["other data of the same size", "a hole at the end"])
+def test_a_bin_of_the_right_size_is_not_believed_for_that(prefix, monkeypatch, damage):
+    monkeypatch.setattr(indexed, "END_BYTES", 100)
+    write_dataset(prefix, [[500], [1000, 200]], checksums=True)
+    check_indexed_dataset(prefix)
+    data = prefix.with_suffix(".bin")
+    whole = data.read_bytes()
+    data.write_bytes(whole[::-1] if damage.startswith("other") else whole[:-200] + bytes(200))
+    with pytest.raises(IndexedDatasetError, match=r"data\.bin: its bin_ends_crc32 is \d+, and not"):
+        check_indexed_dataset(prefix)
+    # What only a reading of the whole file can find.
+    data.write_bytes(whole[:600] + bytes(1) + whole[601:])
+    check_indexed_dataset(prefix)
+    with pytest.raises(IndexedDatasetError, match=r"data\.bin: its bin_crc32 is \d+, and not"):
+        check_indexed_dataset(prefix, contents=True)
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"idx_crc32": "x"}', '{"idx_crc32": null}'])

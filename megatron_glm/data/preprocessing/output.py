@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_glm.data.codecs import Codec
-from megatron_glm.data.indexed import write_index
+from megatron_glm.data.indexed import checksums_path, ends_crc32_of, write_index
 from megatron_glm.data.preprocessing.blocks import Cursor
 from megatron_glm.data.preprocessing.encoding import EncodedBlock
 from megatron_glm.data.preprocessing.inputs import InputFile, InputHash
@@ -264,8 +264,13 @@ class Output:
         lengths, bounds = folder / f"{key}.lengths", folder / f"{key}.bounds"
         index_crc = write_index(folder / f"{key}.idx", self.codec.dtype, lengths, bounds)
         replace_json(Path(f"{target}.tokenizer.json"), self.codec.fingerprint)
-        checksums = {"bin_crc32": self.now.crcs.get(key, 0), "idx_crc32": index_crc}
-        replace_json(Path(f"{target}.checksums.json"), checksums)
+        data = next(p for p in (folder / f"{key}.bin", Path(f"{target}.bin")) if p.exists())
+        checksums = {
+            "bin_crc32": self.now.crcs.get(key, 0),
+            "bin_ends_crc32": ends_crc32_of(data),
+            "idx_crc32": index_crc,
+        }
+        replace_json(checksums_path(target), checksums)
         self._move(f"{key}.bin", f"{target}.bin")
         # The index comes last: without it there is no dataset.
         self._move(f"{key}.idx", f"{target}.idx")
