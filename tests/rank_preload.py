@@ -10,7 +10,6 @@ torch.set_num_threads(1)
 patches.apply()
 # Megatron imports these when they are first used, that is, once in every rank.
 for late in (
-    "megatron.core.tokenizers.text",
     "megatron.training.models",
     "torch._dynamo",
     "torch.distributed.checkpoint",

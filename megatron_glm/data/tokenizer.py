@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
 
-from megatron.core.tokenizers.text.text_tokenizer import MegatronTokenizerText
+from megatron.core.tokenizers import MegatronTokenizerBase
 
 from megatron_glm.data.codecs import CODECS, TEXT_SCHEMES, Codec, build_codec
 
@@ -12,14 +12,16 @@ TOKENIZER_TYPES = tuple(CODECS)
 __all__ = ["TEXT_SCHEMES", "TOKENIZER_TYPES", "GLMTokenizer", "build_tokenizer"]
 
 
-class GLMTokenizer(MegatronTokenizerText):
-    """A `Codec` as Megatron's text tokenizer; the special tokens of GLM are properties."""
+class GLMTokenizer(MegatronTokenizerBase):
+    """A `Codec` as a tokenizer of Megatron; the special tokens of GLM are properties.
+
+    Not as its MegatronTokenizerText, whose import brings transformers with it, for a second of
+    every start.
+    """
 
     def __init__(self, codec: Codec) -> None:
-        super().__init__(str(codec.path), {"library": "glm"}, codec=codec)
-
-    def _restore_model(self, codec: Codec) -> Codec:
-        return codec
+        super().__init__(str(codec.path), {"library": "glm"})
+        self._tokenizer = codec
 
     def tokenize(self, text: str, parse_special: bool = False) -> list[int]:
         """Ids of a text. Where `parse_special`, "[MASK]" and the like in it become special tokens,
@@ -30,6 +32,20 @@ class GLMTokenizer(MegatronTokenizerText):
     def detokenize(self, ids: Iterable[int], skip_special_tokens: bool | None = None) -> str:
         """Text of ids; special tokens are spelled out unless they are to be skipped."""
         return self._tokenizer.decode(ids, skip_specials=bool(skip_special_tokens))
+
+    def apply_chat_template(self) -> None:
+        """GLM fills blanks and knows no chat."""
+        raise NotImplementedError("a GLM has no chat template: use tokenize()")
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return self._tokenizer.vocab_size
+
+    @property
+    def vocab(self) -> dict[str, int]:
+        """Every token with its id."""
+        return self._tokenizer.vocab
 
     @property
     def fingerprint(self) -> dict[str, str | int | None]:
