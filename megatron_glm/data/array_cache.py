@@ -1,7 +1,8 @@
 """Arrays that take long to make, made once and mapped by every process that needs them."""
 
+import contextlib
 import os
-import tempfile
+import uuid
 from collections.abc import Callable
 
 import numpy as np
@@ -20,7 +21,8 @@ def load_or_make(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Two arrays, the first of length `size`, from `cache_dir` where they are many numbers.
 
-    name: must tell all that shapes the arrays. Raises DataError where a file is damaged.
+    name: must tell all that shapes the arrays. Raises DataError where a file is damaged, or
+    cannot be written.
     """
     if cache_dir is None or size < _LEAST_CACHED:
         return make()
@@ -38,8 +40,17 @@ def load_or_make(
 
 
 def _save_whole(path: str, values: np.ndarray) -> None:
-    """Writes a file that other processes see whole or not at all."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), delete=False) as stream:
-        np.save(stream, values)
-    os.replace(stream.name, path)
+    """Writes a file that other processes see whole or not at all, and others may read."""
+    partial = f"{path}.{uuid.uuid4().hex}.partial"
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(partial, "xb") as stream:
+            np.save(stream, values)
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(partial)
+        raise DataError(
+            f"--data-cache-path {os.path.dirname(path)}: cannot be written ({error}); make room, "
+            "or give another folder"
+        ) from error

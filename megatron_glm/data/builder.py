@@ -150,7 +150,13 @@ def _mixed(
         _sequence_share(config, multitask, multitask_shares),
         config.multitask_ramp_samples if is_train else 0,
     )
-    if is_train:
+    if is_train and config.mix_state is not None:
+        if change := mix.change_in_words(config.mix_state):
+            log_single_rank(
+                logger, logging.WARNING,
+                f"the mix of data is another one from sequence {config.consumed_train_samples} on: "
+                f"{change}",
+            )
         mix = mix.continued(config.mix_state, config.consumed_train_samples)
     sources = {identity: dataset for identity, (dataset, _) in (text | multitask).items()}
     return MixedDataset(sources, mix, split, num_samples)

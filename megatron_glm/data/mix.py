@@ -79,15 +79,13 @@ class Mix:
             dict(text), dict(multitask), share, ramp_samples, 0 if ramp_samples else share
         )
 
-    def continued(self, state: dict | None, consumed_samples: int) -> "Mix":
+    def continued(self, state: dict, consumed_samples: int) -> "Mix":
         """This mix for a run that has read `consumed_samples` sequences under the mix of `state`.
 
         The same mix goes on where it was. Another one begins there: each source goes on behind the
         last sequence read of it, and the share of multitask data ramps from what it was. Raises
         GLMError where the state is of a later time.
         """
-        if state is None:
-            return self
         old = Mix(**state)
         if consumed_samples < old.start:
             raise GLMError(
@@ -103,6 +101,20 @@ class Mix:
             start=consumed_samples,
             consumed=old.consumed | old.counts(consumed_samples),
         )
+
+    def change_in_words(self, state: dict) -> str:
+        """What of this mix is not as in `state`, "" where all is."""
+        old = Mix(**state)
+        before, after = old.text | old.multitask, self.text | self.multitask
+        changes = [
+            f"{what} {', '.join(sorted(names))}"
+            for what, names in (("new:", after.keys() - before.keys()),
+                                ("no longer read:", before.keys() - after.keys()))
+            if names
+        ]  # fmt: skip
+        if not changes and self._plan() != old._plan():
+            changes.append("other shares of the same sources")
+        return "; ".join(changes)
 
     def state_dict(self) -> dict:
         """What `continued` takes: plain numbers and names, fit for JSON."""

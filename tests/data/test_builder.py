@@ -159,7 +159,7 @@ def test_weights_of_prompt_sources_may_be_given(corpora):
     assert counts(train, 80) == {1: 20, 2: 60}
 
 
-def test_a_changed_mix_goes_on_behind_what_was_read(corpora):
+def test_a_changed_mix_goes_on_behind_what_was_read(corpora, caplog):
     """The batches themselves: two runs with other weights read no sequence twice."""
     def sequences(train, start, stop):
         return {(int(item["sources"][0]), item["tokens"].tobytes())
@@ -173,10 +173,13 @@ def test_a_changed_mix_goes_on_behind_what_was_read(corpora):
     changed = replace(config, blend=(config.blend[0], [1, 5]), multitask_ratio=0.5,
                       consumed_train_samples=150, mix_state=state)
     second, _, _ = build(changed)
+    assert "from sequence 150 on: other shares of the same sources" in caplog.text
+    caplog.clear()
     one, other = sequences(first, 0, 150), sequences(second, 150, 400)
     assert len(one) == 150 and len(other) == 250 and not one & other
     same = replace(config, consumed_train_samples=150, mix_state=state)
     assert sequences(build(same)[0], 150, 300) == sequences(first, 150, 300)
+    assert "the mix of data" not in caplog.text
 
 
 def build_on_rank(prefix):

@@ -93,6 +93,16 @@ def test_a_resumed_run_reads_what_an_uninterrupted_one_would():
     assert [plan.locate(i) for i in range(57, 400)] == [resumed.locate(i) for i in range(57, 400)]
 
 
+def test_what_has_changed_since_a_checkpoint_is_told():
+    plan = Mix.of({"a": 1, "b": 2}, {"t": 1}, Fraction(1, 10))
+    state = plan.state_dict()
+    assert plan.change_in_words(state) == ""
+    other = Mix.of({"a": 1, "c": 2}, {"u": 1}, Fraction(1, 10))
+    assert other.change_in_words(state) == "new: c, u; no longer read: b, t"
+    heavier = Mix.of({"a": 1, "b": 3}, {"t": 1}, Fraction(1, 10))
+    assert heavier.change_in_words(state) == "other shares of the same sources"
+
+
 def test_a_state_of_a_later_time_is_refused():
     plan = Mix.of({"a": 1}, {}, Fraction(0))
     later = Mix.of({"a": 1, "b": 1}, {}, Fraction(0)).continued(plan.state_dict(), 100)
