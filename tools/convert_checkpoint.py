@@ -6,15 +6,18 @@
     python tools/convert_checkpoint.py --from megatron --to hf --load run --save run-hf \\
         --tokenizer-type IceTokenizer --tokenizer-model ice_text.model
 
-Works on one tensor at a time, without a GPU and without other ranks, from any tensor, pipeline and
+Works on two tensors at a time, without a GPU and without other ranks, from any tensor, pipeline and
 data parallel layout. The result appears under its name when it is whole, with conversion.json
 beside it: settings, versions, and the hash of every tensor.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
+# Idle threads of torch would spin on the core that hashes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
@@ -159,7 +162,7 @@ def convert(args: argparse.Namespace) -> None:
     print(
         f"{len(everything)} tensors, {total / 1e9:.3f} GB to read, {target.num_bytes / 1e9:.3f} GB "
         f"to write\npeak memory: at most {announced / 1e9:.3f} GB, of which "
-        f"{conversion.peak_bytes() / 1e9:.3f} GB for the largest tensor",
+        f"{conversion.peak_bytes() / 1e9:.3f} GB for the tensors in hand",
         flush=True,
     )
     with (

@@ -18,15 +18,17 @@ from megatron_glm.checkpoint.settings import Settings
 from megatron_glm.checkpoint.table import Format, Tensor, tensors
 from megatron_glm.checkpoint.torch_file import BLOCK_BYTES
 
-# Blocks in flight: one read, one converted and some temporaries of quantisation.
-WORKING_BYTES = 8 * BLOCK_BYTES
+# Blocks read, converted and written, temporaries of quantisation, and what of them the C library
+# keeps for the next ones.
+WORKING_BYTES = 32 * BLOCK_BYTES
 
 
 class Source(Protocol):
     """An opened checkpoint of any format.
 
     dtype: of its plain weights. bits: of its quantised linear weights, None where there are none;
-    scales: scales a row of these, by Megatron's pattern.
+    scales: scales a row of these, by Megatron's pattern. read: may put what it returns into
+    `memory`, uint8 [bytes].
     """
 
     directory: Path
@@ -36,7 +38,9 @@ class Source(Protocol):
     bits: int | None
     scales: dict[str, int]
 
-    def read(self, tensor: Tensor) -> torch.Tensor | QuantizedWeight: ...
+    def read(
+        self, tensor: Tensor, memory: torch.Tensor | None = None
+    ) -> torch.Tensor | QuantizedWeight: ...
 
 
 @dataclass
@@ -45,7 +49,9 @@ class Conversion:
 
     dtype: of the result's plain weights. bits, scales: as in `Source`, of the result. progress:
     called with the bytes of each tensor read.
-    Calling it reads, checks and converts one tensor; hashes are taken while the caller writes.
+    Calling it, in the order of `tensors`, reads, checks and converts one tensor, which is good
+    until the next call. Its hash is taken while the caller writes it and reads the next one:
+    matrices take turns in two memories, which cost less time than fresh ones.
     """
 
     source: Source
@@ -58,27 +64,44 @@ class Conversion:
     def __post_init__(self):
         self._expected = recorded_hashes(self.source.directory, self.source.iteration)
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
-        self._pending: concurrent.futures.Future | None = None
+        matrices = [t for t in tensors(self.source.settings.dimensions) if len(t.row.shape) == 2]
+        self._turns = (matrices[0::2], matrices[1::2])
+        # Pages that are never touched take no memory.
+        self._memories = [
+            torch.empty(max(map(self.source_bytes, turn)), dtype=torch.uint8)
+            for turn in self._turns
+        ]
+        self._turn = 1
+        self._hashing: tuple[list[concurrent.futures.Future], ...] = ([], [])
 
     def __call__(self, tensor: Tensor) -> torch.Tensor | QuantizedWeight:
-        self.finish()
-        value = self.source.read(tensor)
+        memory = None
+        if len(tensor.row.shape) == 2:
+            self._turn = 1 - self._turn
+            self._await_hashes(self._turn)
+            memory = self._memories[self._turn]
+        value = self.source.read(tensor, memory)
         name = tensor.name(Format.MEGATRON)
         entry = self.hashes[name] = {}
         if self._is_kept(value, tensor):
-            self._pending = self._thread.submit(self._hash_both, name, value, entry)
+            hashing = self._thread.submit(self._hash_both, name, value, entry)
         else:
             entry["source"] = self._checked(name, digest(value))
             value = self._convert(name, value, tensor)
-            self._pending = self._thread.submit(self._hash_target, value, entry)
+            hashing = self._thread.submit(self._hash_target, value, entry)
+        self._hashing[self._turn].append(hashing)
         self.progress(self.source_bytes(tensor))
         return value
 
     def finish(self) -> None:
-        """Waits for the hash of the last tensor; CorruptFileError if it is not the recorded one."""
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
+        """Waits for the last hashes; CorruptFileError if one is not the recorded one."""
+        for turn in (1 - self._turn, self._turn):
+            self._await_hashes(turn)
+
+    def _await_hashes(self, turn: int) -> None:
+        for hashing in self._hashing[turn]:
+            hashing.result()
+        self._hashing[turn].clear()
 
     def source_bytes(self, tensor: Tensor) -> int:
         """Memory that a tensor takes as the source gives it."""
@@ -87,19 +110,22 @@ class Conversion:
         return count if quantized else count * self.source.dtype.itemsize
 
     def peak_bytes(self) -> int:
-        """The most memory that any tensor takes on its way, beside WORKING_BYTES."""
-        return max(map(self._held_bytes, tensors(self.source.settings.dimensions)))
+        """The most memory that the tensors in hand take, beside WORKING_BYTES."""
+        return sum(
+            max(map(self.source_bytes, turn)) + max(map(self._converted_bytes, turn))
+            for turn in self._turns
+        )
 
-    def _held_bytes(self, tensor: Tensor) -> int:
-        before = self.source_bytes(tensor)
+    def _converted_bytes(self, tensor: Tensor) -> int:
+        """Memory that a tensor takes beside the one that it was read into."""
         count = torch.Size(tensor.shape(self.source.settings.dimensions)).numel()
         if self.source.bits and tensor.row.quantizable:
             # Packed codes are there while they are unpacked.
-            return 2 * before if self.bits else before + count * self.dtype.itemsize
+            return count if self.bits else count * self.dtype.itemsize
         if self.bits and tensor.row.quantizable:
-            return before + count
+            return count
         grows = self.dtype.itemsize > self.source.dtype.itemsize
-        return before + count * self.dtype.itemsize if grows else before
+        return count * self.dtype.itemsize if grows else 0
 
     def _is_kept(self, value: torch.Tensor | QuantizedWeight, tensor: Tensor) -> bool:
         if isinstance(value, QuantizedWeight):

@@ -59,11 +59,13 @@ class HuggingFaceCheckpoint:
         self.dtype = self._check()
         self.scales = self._read_scales()
 
-    def read(self, tensor: Tensor) -> torch.Tensor | QuantizedWeight:
+    def read(
+        self, tensor: Tensor, memory: torch.Tensor | None = None
+    ) -> torch.Tensor | QuantizedWeight:
         """A whole tensor; a QuantizedWeight where it is stored as codes."""
         name = tensor.name(Format.HUGGING_FACE)
         if self.bits is None or not tensor.row.quantizable:
-            return self._stored[name].read()
+            return self._stored[name].read(memory)
         packed = self._stored[f"{name}_packed"].read()
         scales = self._stored[f"{name}_scale"].read()
         return QuantizedWeight(unpack(packed, self.bits), scales, self.bits)

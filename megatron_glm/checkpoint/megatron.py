@@ -23,7 +23,7 @@ from megatron_glm.checkpoint.errors import (
 )
 from megatron_glm.checkpoint.settings import Settings
 from megatron_glm.checkpoint.table import Format, Tensor, tensors
-from megatron_glm.checkpoint.torch_file import TorchFile
+from megatron_glm.checkpoint.torch_file import TorchFile, empty
 
 TRACKER = "latest_checkpointed_iteration.txt"
 COMMON_STATE = "common_state/shard_0_1"
@@ -61,10 +61,10 @@ class MegatronCheckpoint:
         self.dtype = self._check()
         self.bits, self.scales = None, {}
 
-    def read(self, tensor: Tensor) -> torch.Tensor:
+    def read(self, tensor: Tensor, memory: torch.Tensor | None = None) -> torch.Tensor:
         """A whole tensor."""
         name, layer = self._stored_name(tensor)
-        whole = torch.empty(tensor.shape(self.settings.dimensions), dtype=self.dtype)
+        whole = empty(tensor.shape(self.settings.dimensions), self.dtype, memory)
         covered = 0
         for offset, place in self._chunks.get(name, ()):
             offset = tuple(offset)

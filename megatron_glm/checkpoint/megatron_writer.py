@@ -24,6 +24,7 @@ from megatron_glm.checkpoint.megatron import COMMON_STATE, TRACKER
 from megatron_glm.checkpoint.settings import Settings
 from megatron_glm.checkpoint.table import Format, Tensor, tensors
 from megatron_glm.checkpoint.torch_writer import TensorSpec, TorchWriter
+from megatron_glm.checkpoint.write_behind import create
 
 DATA_FILE = "__0_0.distcp"
 # Megatron's linears store an (empty) state beside their weights, and its loader asks for it.
@@ -78,7 +79,7 @@ class MegatronWriter:
             # How Megatron is to name what it looks for: layers stacked along a first dimension.
             "content_metadata": {"singleton_local_shards": False},
         }
-        with open(target / DATA_FILE, "wb") as file:
+        with create(target / DATA_FILE) as file:
             writer = _ChunkWriter(file)
             writer.write_object(COMMON_STATE, [common])
             self._write_extra_states(writer)

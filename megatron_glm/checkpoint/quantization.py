@@ -95,6 +95,6 @@ def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
     return torch.stack((packed >> 4, (packed << 4) >> 4), dim=-1).flatten(1)
 
 
-def _row_ranges(matrix: torch.Tensor, block_elements: int = 8 << 20) -> list[slice]:
+def _row_ranges(matrix: torch.Tensor, block_elements: int = 1 << 20) -> list[slice]:
     rows = max(1, block_elements // matrix.shape[1])
     return [slice(i, i + rows) for i in range(0, matrix.shape[0], rows)]

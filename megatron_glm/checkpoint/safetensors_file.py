@@ -15,6 +15,7 @@ import torch
 from megatron_glm.checkpoint.errors import CorruptFileError
 from megatron_glm.checkpoint.torch_file import StoredTensor, byte_view, row_blocks
 from megatron_glm.checkpoint.torch_writer import TensorSpec
+from megatron_glm.checkpoint.write_behind import create
 
 _DTYPES = {
     "F32": torch.float32,
@@ -88,7 +89,7 @@ class SafetensorsWriter:
             raise ValueError(f"{name}: {written} bytes written, {spec.num_bytes} announced")
 
     def __enter__(self) -> "SafetensorsWriter":
-        self._file = open(self.path, "wb")
+        self._file = create(self.path)
         self._file.write(len(self._header).to_bytes(8, "little") + self._header)
         return self
 

@@ -30,7 +30,7 @@ from megatron_glm.checkpoint.table import (
     shard_shape,
     tensors,
 )
-from megatron_glm.checkpoint.torch_file import StoredTensor, TorchFile
+from megatron_glm.checkpoint.torch_file import StoredTensor, TorchFile, empty
 
 MAX_TP = 8
 SCALE = "_scale"
@@ -74,12 +74,14 @@ class SATCheckpoint:
         self._check()
         self.settings = self._read_settings()
 
-    def read(self, tensor: Tensor) -> torch.Tensor | QuantizedWeight:
+    def read(
+        self, tensor: Tensor, memory: torch.Tensor | None = None
+    ) -> torch.Tensor | QuantizedWeight:
         """A whole tensor in Megatron's layout; a QuantizedWeight where it is stored as codes."""
         name = tensor.name(Format.SAT)
         if self.bits and tensor.row.quantizable:
-            return self._read_quantized(tensor)
-        whole = torch.empty(tensor.shape(self.dimensions), dtype=self.dtype)
+            return self._read_quantized(tensor, memory)
+        whole = empty(tensor.shape(self.dimensions), self.dtype, memory)
         ranks = self._ranks[:1] if tensor.row.split is None else self._ranks
         for rank, stored in enumerate(ranks):
             stored[name].read_into(self._parts(tensor, whole, rank))
@@ -88,9 +90,9 @@ class SATCheckpoint:
     def _parts(self, tensor: Tensor, whole: torch.Tensor, rank: int) -> list[torch.Tensor]:
         return parts(tensor.row, whole, Format.SAT, rank, self.tp_size)
 
-    def _read_quantized(self, tensor: Tensor) -> QuantizedWeight:
+    def _read_quantized(self, tensor: Tensor, memory: torch.Tensor | None) -> QuantizedWeight:
         name, split = tensor.name(Format.SAT), tensor.row.split
-        codes = torch.empty(tensor.shape(self.dimensions), dtype=torch.int8)
+        codes = empty(tensor.shape(self.dimensions), torch.int8, memory)
         # A rank that holds part of every row has a scale for that part.
         groups = self.tp_size if split == 1 else 1
         scales = torch.empty(codes.shape[0], groups, dtype=torch.float16)

@@ -14,7 +14,6 @@ from megatron_glm.checkpoint.hugging_face_writer import (
     GroupedQuantization,
     HuggingFaceWriter,
 )
-from megatron_glm.checkpoint.megatron_writer import MegatronWriter
 from megatron_glm.checkpoint.sat_writer import SATWriter
 from megatron_glm.checkpoint.settings import Settings
 from megatron_glm.checkpoint.table import TABLE, Dimensions, Format, Tensor
@@ -146,6 +145,9 @@ def _hugging_face(request, source, settings, tokenizer, dtype, bits) -> Target:
 
 
 def _megatron(request, source, settings, tokenizer, dtype, bits) -> Target:
+    # Imports torch.distributed.checkpoint, which takes longer than all else here.
+    from megatron_glm.checkpoint.megatron_writer import MegatronWriter
+
     args = getattr(source, "args", None)
     writer = MegatronWriter(settings, dtype, request.iteration, args)
     description = {"iteration": request.iteration or 0, "release": request.iteration is None}

@@ -9,21 +9,31 @@ import bisect
 import io
 import pickle
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from isal.isal_zlib import crc32
 
 from megatron_glm.checkpoint.errors import CorruptFileError
 
 # Bytes read, converted or written at once: what a conversion needs beyond the tensor in hand.
-BLOCK_BYTES = 32 << 20
+BLOCK_BYTES = 4 << 20
 
 
 def byte_view(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU, shared with it."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def empty(
+    shape: tuple[int, ...], dtype: torch.dtype, memory: torch.Tensor | None = None
+) -> torch.Tensor:
+    """A tensor of any content on the CPU, at the beginning of `memory` (uint8 [bytes]) if given."""
+    if memory is None:
+        return torch.empty(shape, dtype=dtype)
+    num_bytes = torch.Size(shape).numel() * dtype.itemsize
+    return memory[:num_bytes].view(dtype).view(shape)
 
 
 def row_blocks(tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -44,9 +54,9 @@ class StoredTensor:
     shape: tuple[int, ...]
     crc32: int | None = None
 
-    def read(self) -> torch.Tensor:
-        """A new tensor on the CPU."""
-        result = torch.empty(self.shape, dtype=self.dtype)
+    def read(self, memory: torch.Tensor | None = None) -> torch.Tensor:
+        """A tensor on the CPU; `memory` as in `empty`."""
+        result = empty(self.shape, self.dtype, memory)
         self.read_into([result])
         return result
 
@@ -65,7 +75,7 @@ class StoredTensor:
                     )
                     view = byte_view(buffer)
                     self._fill(file, view)
-                    crc = zlib.crc32(view, crc)
+                    crc = crc32(view, crc)
                     if buffer is not block:
                         block.copy_(buffer)
         if self.crc32 is not None and crc != self.crc32:

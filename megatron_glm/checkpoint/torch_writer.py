@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
+from isal.isal_zlib import crc32
 
 from megatron_glm.checkpoint.torch_file import byte_view, row_blocks
+from megatron_glm.checkpoint.write_behind import create
 
 # torch.load maps records into memory, which wants them aligned.
 _ALIGNMENT = 64
@@ -94,8 +96,10 @@ class TorchWriter:
         content: Callable[[dict[str, Any]], Any] = lambda tensors: {"module": tensors},
     ):
         self._name, self._root = str(file), "archive"
+        self._opened = contextlib.ExitStack()
         if isinstance(file, Path):
             self._root = file.stem
+            file = self._opened.enter_context(create(file))
         else:
             file = _Section(file)
         keys = {name: str(i) for i, name in enumerate(specs)}
@@ -104,8 +108,12 @@ class TorchWriter:
         stand_ins = {name: _Tensor(_Storage(keys[name], spec)) for name, spec in specs.items()}
         buffer = io.BytesIO()
         _Pickler(buffer, protocol=2).dump(content(stand_ins))
-        self._zip.writestr(f"{self._root}/data.pkl", buffer.getvalue())
-        self._zip.writestr(f"{self._root}/byteorder", "little")
+        self._write_text("data.pkl", buffer.getvalue())
+        self._write_text("byteorder", b"little")
+
+    def _write_text(self, name: str, content: bytes) -> None:
+        # A ZipInfo of its own has no time in it: the same tensors give the same file.
+        self._zip.writestr(zipfile.ZipInfo(f"{self._root}/{name}"), content)
 
     def write(self, name: str, pieces: Iterable[torch.Tensor]) -> None:
         """Writes the next tensor; ValueError if it is not the next one or of another size."""
@@ -117,13 +125,32 @@ class TorchWriter:
         # The margin with which zipfile itself decides.
         zip64 = spec.num_bytes * 1.05 > zipfile.ZIP64_LIMIT
         entry.extra = self._padding(entry.filename, zip64)
-        written = 0
-        with self._zip.open(entry, "w", force_zip64=zip64) as record:
-            for piece in pieces:
-                for block in row_blocks(piece):
-                    written += record.write(byte_view(block.contiguous()))
+        written = self._write_record(entry, zip64, pieces)
         if written != spec.num_bytes:
             raise ValueError(f"{name}: {written} bytes written, {spec.num_bytes} announced")
+
+    def _write_record(
+        self, entry: zipfile.ZipInfo, zip64: bool, pieces: Iterable[torch.Tensor]
+    ) -> int:
+        """What `ZipFile.open(entry, "w")` would write, with a checksum that costs little."""
+        file = self._zip.fp
+        entry.header_offset, entry.compress_size = file.tell(), entry.file_size
+        entry.CRC, entry.external_attr = 0, 0o600 << 16
+        file.write(entry.FileHeader(zip64))
+        written = 0
+        for piece in pieces:
+            for block in row_blocks(piece):
+                view = byte_view(block.contiguous())
+                entry.CRC = crc32(view, entry.CRC)
+                written += file.write(view)
+        end = file.tell()
+        file.seek(entry.header_offset)
+        file.write(entry.FileHeader(zip64))
+        file.seek(end)
+        self._zip.filelist.append(entry)
+        self._zip.NameToInfo[entry.filename] = entry
+        self._zip.start_dir = end
+        return written
 
     def _padding(self, filename: str, zip64: bool) -> bytes:
         """An extra field, with the id that torch uses, that moves the bytes to an aligned place."""
@@ -139,9 +166,10 @@ class TorchWriter:
         if error_type is None:
             if self._left:
                 raise ValueError(f"{self._name}: {self._left[-1][0]} was never written")
-            self._zip.writestr(f"{self._root}/version", "3\n")
+            self._write_text("version", b"3\n")
             self._zip.close()
+            self._opened.close()
         else:
             # Records are missing, so nothing takes the file for a whole one.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError), self._opened:
                 self._zip.close()

@@ -15,6 +15,7 @@ from megatron_glm.checkpoint.sat_writer import SATWriter
 from megatron_glm.checkpoint.settings import Settings
 from megatron_glm.checkpoint.table import Dimensions, Format, Tensor, tensors
 from megatron_glm.checkpoint.target import Request, plan_target
+from megatron_glm.checkpoint.torch_file import empty
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden" / "glm130b_tiny"
 GOLDEN_SAT = {1: GOLDEN / "sat", 2: GOLDEN / "sat_tp2", 4: GOLDEN / "sat_tp4"}
@@ -52,8 +53,9 @@ class MemorySource:
             for tensor in tensors(dimensions)
         }
 
-    def read(self, tensor: Tensor) -> torch.Tensor:
-        return self.weights[tensor.name(Format.MEGATRON)].clone()
+    def read(self, tensor: Tensor, memory: torch.Tensor | None = None) -> torch.Tensor:
+        weight = self.weights[tensor.name(Format.MEGATRON)]
+        return empty(weight.shape, weight.dtype, memory).copy_(weight)
 
 
 def write_sat(folder: Path, source: MemorySource, tp_size: int = 1) -> Path:

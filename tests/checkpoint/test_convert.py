@@ -1,7 +1,9 @@
 """What happens to a tensor on its way: type, codes, hashes, memory."""
 
+import copy
 import hashlib
 import json
+import time
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from megatron_glm.checkpoint import convert
 from megatron_glm.checkpoint.convert import Conversion
 from megatron_glm.checkpoint.errors import CheckpointError, CorruptFileError
 from megatron_glm.checkpoint.quantization import quantize
-from megatron_glm.checkpoint.record import read_record, recorded_settings, write_record
+from megatron_glm.checkpoint.record import digest, read_record, recorded_settings, write_record
 from megatron_glm.checkpoint.sat import SATCheckpoint
 from megatron_glm.checkpoint.table import Format, tensors
 from tests.checkpoint.building import SMALL, MemorySource, read_all, write_sat
@@ -19,7 +21,8 @@ from tests.checkpoint.building import SMALL, MemorySource, read_all, write_sat
 def run(source, **options) -> tuple[dict, dict]:
     """The converted tensors and their hashes."""
     conversion = Conversion(source, **options)
-    converted = {t.name(Format.MEGATRON): conversion(t) for t in tensors(SMALL)}
+    # What a call returns is good until the next one.
+    converted = {t.name(Format.MEGATRON): copy.deepcopy(conversion(t)) for t in tensors(SMALL)}
     conversion.finish()
     return converted, conversion.hashes
 
@@ -82,9 +85,23 @@ def test_nan_cannot_be_quantised():
         (torch.float16, {"dtype": torch.float16, "bits": 8}, 3),
     ],
 )
-def test_the_announced_memory_is_that_of_the_largest_tensor(before, options, factor):
+def test_the_announced_memory_is_that_of_the_two_largest_tensors(before, options, factor):
     conversion = Conversion(MemorySource(dtype=before), **options)
-    assert conversion.peak_bytes() == 256 * 64 * factor
+    # linear_fc1 and linear_qkv, of which one is hashed while the other is read.
+    assert conversion.peak_bytes() == (256 + 192) * 64 * factor
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.float32}, {"bits": 8}])
+def test_no_tensor_is_hashed_after_another_took_its_memory(options, monkeypatch):
+    source = MemorySource()
+    options = {"dtype": torch.float16} | options
+    if "bits" in options:
+        options["scales"] = {t.row.megatron: 1 for t in tensors(SMALL)}
+    expected = run(source, **options)[1]
+    monkeypatch.setattr(convert, "digest", lambda value: time.sleep(0.01) or digest(value))
+    assert run(source, **options)[1] == expected
+    for name, weight in source.weights.items():
+        assert expected[name]["source"] == sha256(weight)
 
 
 def test_hashes_of_an_earlier_conversion_are_checked(tmp_path):

@@ -34,6 +34,21 @@ def test_torch_load_gives_the_tensors_back(tmp_path, options, monkeypatch):
     assert torch_file.TorchFile(path).root == path.stem
 
 
+def test_the_archive_is_what_zipfile_writes(tmp_path):
+    with TorchWriter(tmp_path / "ours.pt", SPECS) as file:
+        for name, tensor in TENSORS.items():
+            file.write(name, [tensor])
+    with (
+        zipfile.ZipFile(tmp_path / "ours.pt") as ours,
+        zipfile.ZipFile(tmp_path / "theirs.pt", "w") as theirs,
+    ):
+        for entry in ours.infolist():
+            again = zipfile.ZipInfo(entry.filename)
+            again.extra = entry.extra
+            theirs.writestr(again, ours.read(entry))
+    assert (tmp_path / "ours.pt").read_bytes() == (tmp_path / "theirs.pt").read_bytes()
+
+
 def test_a_record_of_more_than_4_gb_is_found_again(tmp_path):
     # Sparse on disk: only its place in the archive matters.
     spec = TensorSpec(torch.int8, (2**32 + 10,))

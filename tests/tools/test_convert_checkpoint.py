@@ -154,7 +154,7 @@ class LargeSource(MemorySource):
         self.settings = self.settings.with_overrides(dimensions=dimensions)
         self.pattern = torch.randn(1 << 20).half()
 
-    def read(self, tensor: Tensor) -> torch.Tensor:
+    def read(self, tensor: Tensor, memory: torch.Tensor | None = None) -> torch.Tensor:
         shape = tensor.shape(self.settings.dimensions)
         count = torch.Size(shape).numel()
         repeated = self.pattern.repeat(-(-count // len(self.pattern)))
