@@ -52,10 +52,8 @@ begin() { # NAME TITLE: true where the stage is still to be done
 finish() { touch "$work/done/$1"; }
 
 tokenizer=(--tokenizer-type HuggingFaceTokenizer --tokenizer-model "$work/tokenizer.json")
-device=cpu precision=()
-if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    device=gpu precision=(--bf16)
-fi
+device=$(python -m megatron_glm.device) precision=()
+if [ "$device" = gpu ]; then precision=(--bf16); fi
 training=(
     # A model that sees enough tokens in minutes: some 0.9 million parameters.
     --glm-preset tiny --num-layers 3 --hidden-size 128 --ffn-hidden-size 384

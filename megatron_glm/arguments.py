@@ -17,6 +17,7 @@ from megatron.training.argument_utils import ArgumentGroupFactory
 
 from megatron_glm.data.config import GLMDataArguments, default_max_samples
 from megatron_glm.data.tokenizer import TEXT_SCHEMES, TOKENIZER_TYPES
+from megatron_glm.device import has_gpu
 from megatron_glm.errors import exit_with_one_line
 from megatron_glm.flag_rules import FlagError, check_flags, check_tokenizer_flags
 from megatron_glm.model.config import GLMArchitecture
@@ -161,6 +162,7 @@ def parse_glm_args(build_tokenizer: Callable[[Namespace], Any]) -> Namespace:
     with exit_with_one_line(AssertionError, rank=args.rank):
         check_flags(args)
         check_tokenizer_flags(args)
+        has_gpu()
         # Before anything is built, see whether it can be had here.
         select_linears(args.transformer_impl)
         fill_derived(args)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_glm.device import has_gpu
 from megatron_glm.errors import GLMError
 
 
@@ -149,8 +150,8 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def default_device() -> torch.device:
-    """This process's GPU, or the CPU where there is none."""
-    if not torch.cuda.is_available():
+    """This process's GPU, or the CPU where there is none; see `has_gpu`."""
+    if not has_gpu():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
