@@ -26,6 +26,8 @@ import torch.distributed as dist
 ROOT = Path(__file__).parents[1]
 # Seconds that the other ranks have to notice that one has failed.
 GRACE_S = 10.0
+# What the server imports before its first rank.
+_preload = "tests.rank_preload"
 
 
 class RankError(AssertionError):
@@ -85,10 +87,23 @@ def run_ranks(
     return [pickle.loads(value) for _, value in answers]
 
 
+@contextlib.contextmanager
+def preloading(module: str) -> Iterator[None]:
+    """Meanwhile the ranks are forks of a server of their own, which imports `module` instead."""
+    global _preload
+    before, _preload = _preload, module
+    forkserver._forkserver._stop()
+    try:
+        yield
+    finally:
+        _preload = before
+        forkserver._forkserver._stop()
+
+
 def _warm_context() -> multiprocessing.context.BaseContext:
     """A context whose processes are forks of a server that has imported Megatron, without GPU."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.rank_preload"])
+    context.set_forkserver_preload([_preload])
     # The server takes its module path and its devices from the environment at its start.
     path = os.pathsep.join([str(ROOT), *sys.path])
     with _environment(PYTHONPATH=path, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1"):
