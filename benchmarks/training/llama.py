@@ -34,7 +34,8 @@ def run(task: Task, turns: Turns) -> None:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
-    compiled = torch.compile(model)
+    # On a CPU, where nothing is compared, compiling takes longer than it is worth.
+    compiled = torch.compile(model) if turns.device.type == "cuda" else model
     size = task.size
     shape = (NUM_BATCHES, size.micro_batch_size, size.seq_length)
     batches = cycle(torch.randint(size.vocab_size, shape, device=turns.device))

@@ -168,7 +168,7 @@ class Trainer:
         """Ends the process, which frees its memory."""
         try:
             self._connection.send(None)
-            self._process.join(5)
+            self._process.join(2)
         except OSError:
             pass
         self._process.kill()
