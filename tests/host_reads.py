@@ -11,6 +11,7 @@ what is in host memory on every machine is left out: a data loader's work, rando
 
 import sys
 from collections import Counter
+from functools import wraps
 from pathlib import Path
 
 import torch
@@ -27,6 +28,8 @@ COPIES = {"tolist", "numpy", "cpu", "__array__"}
 # Makes of values of the host a tensor, on the device that it is told.
 UPLOADS = {"tensor", "as_tensor"}
 ROOT = Path(__file__).parents[1]
+# Functions that wait for everything.
+WAITS = ((torch.cuda, "synchronize"), (torch.distributed, "barrier"))
 # Whose calls stand for the code that made them.
 PASSED_OVER = ("torch", "contextlib.py", "tests", "patches")
 # What they call, and what they do themselves, is in host memory or part of a test.
@@ -40,8 +43,11 @@ class HostReads:
     def __init__(self):
         self.sites: Counter[str] = Counter()
         self._modes = (_Operations(self), _Functions(self))
+        self._waits = [getattr(holder, name) for holder, name in WAITS]
 
     def __enter__(self):
+        for (holder, name), wait in zip(WAITS, self._waits, strict=True):
+            setattr(holder, name, self._counted(wait))
         for mode in self._modes:
             mode.__enter__()
         return self
@@ -49,6 +55,16 @@ class HostReads:
     def __exit__(self, *error):
         for mode in reversed(self._modes):
             mode.__exit__(*error)
+        for (holder, name), wait in zip(WAITS, self._waits, strict=True):
+            setattr(holder, name, wait)
+
+    def _counted(self, wait):
+        @wraps(wait)
+        def counted(*args, **kwargs):
+            self.count(wait.__name__)
+            return wait(*args, **kwargs)
+
+        return counted
 
     def count(self, what: str) -> None:
         frame, site = sys._getframe(2), None

@@ -76,6 +76,10 @@ class GLMArchitecture:
 class GLMTransformerConfig(GLMArchitecture, TransformerConfig):
     """TransformerConfig of a GLM; fields named like flags are filled from them by Megatron."""
 
+    # Megatron waits for the whole device after each exchange between stages, for a race that torch
+    # had before 1.13 (https://github.com/pytorch/pytorch/pull/82450), and has no flag for it.
+    batch_p2p_sync: bool = False
+
     def __post_init__(self):
         GLMArchitecture.__post_init__(self)
         self.gated_linear_unit = True

@@ -107,10 +107,11 @@ def test_what_waits_is_seen():
         bool(tensor.sum() > 0), tensor[tensor > 1], tensor.nonzero(), tensor.unique()
         tensor[tensor > 1] = tensor.new_ones(2)
         torch.tensor([1.0], device="cpu")
+        torch.cuda.synchronize()
     names = Counter(site.partition(" ")[0] for site in reads.sites.elements())
     assert names == {
         "_local_scalar_dense": 2, "tolist": 1, "numpy": 1, "cpu": 1, "index": 1, "index_put_": 1,
-        "nonzero": 1, "_unique2": 1, "tensor": 1,
+        "nonzero": 1, "_unique2": 1, "tensor": 1, "synchronize": 1,
     }  # fmt: skip
 
 
