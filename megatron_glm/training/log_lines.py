@@ -22,6 +22,9 @@ class LogLine(NamedTuple):
     num_iterations: int | None = None
     iteration_ms: float | None = None
     batch_size: int | None = None  # sequences a step
+    loss_scale: float | None = None
+    grad_norm: float | None = None
+    num_skipped: int | None = None  # steps since the last report whose gradients overflowed
 
 
 def read_line(line: str) -> LogLine | None:
@@ -37,9 +40,12 @@ def read_line(line: str) -> LogLine | None:
     if is_valid:
         return LogLine(int(match[1]), True, losses)
     batch_size = fields.get("global batch size")
+    num_skipped = fields.get("number of skipped iterations")
     return LogLine(
         int(match[1]), False, losses, int(match[2]),
         fields.get("elapsed time per iteration (ms)"), batch_size and int(batch_size),
+        fields.get("loss scale"), fields.get("grad norm"),
+        None if num_skipped is None else int(num_skipped),
     )
 
 

@@ -20,7 +20,7 @@ VALID = (
 
 def test_a_training_line():
     losses = {"": 6.5, "[MASK]": 6.25, "[gMASK]": 6.75}
-    assert read_line(TRAIN) == LogLine(20, False, losses, 300, 412.5, 16)
+    assert read_line(TRAIN) == LogLine(20, False, losses, 300, 412.5, 16, 1.0, 1.234, 0)
 
 
 def test_a_held_out_line():
