@@ -8,6 +8,9 @@
 #
 #   DRY_RUN=1 examples/pretrain_glm_130b.sh    builds every stage without data, weights or GPUs and
 #                                              prints its parameters
+#   PLAN=1 examples/pretrain_glm_130b.sh       says what it will take: memory of every stage, step
+#                                              time, days (GPU=H200 for others than A100-40G,
+#                                              --search for the best layout on the cluster)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -71,6 +74,11 @@ LOGGING=(
     --eval-iters 3
 )
 
+if [[ -n ${PLAN:-} ]]; then
+    exec "${PYTHON:-.venv/bin/python}" tools/plan_run.py \
+        --gpu "${GPU:-A100-40G}" --nodes "$NUM_NODES" --gpus-per-node "$GPUS_PER_NODE" \
+        "${MODEL[@]}" "${PARALLEL[@]}" "${TRAINING[@]}" "${OBJECTIVE[@]}" "${LOGGING[@]}" "$@"
+fi
 if [[ -n ${DRY_RUN:-} ]]; then
     exec "${PYTHON:-.venv/bin/python}" tools/dry_run.py \
         --world-size $((NUM_NODES * GPUS_PER_NODE)) \

@@ -28,6 +28,8 @@ NOT_FORECAST = {
     "num_distributed_optimizer_instances": 1,
     "nccl_ub": False,
 }
+RECOMPUTE_MODULES = ("core_attn", "mlp")
+"""Of --recompute-modules, those that are forecast."""
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes of an element, by dtype."""
 
@@ -157,6 +159,9 @@ def job_from_args(args: Namespace) -> Job:
         if value != covered:
             flag = "--" + dest.replace("_", "-")
             raise PlanError(f"{flag} {value}: not forecast; plan without it")
+    for module in args.recompute_modules or ():
+        if module not in RECOMPUTE_MODULES:
+            raise PlanError(f"--recompute-modules {module}: not forecast; plan without it")
     names = [field.name for field in fields(Job) if field.name != "dtype"]
     given = {name: getattr(args, name) for name in names}
     given["recompute_modules"] = tuple(args.recompute_modules or ())

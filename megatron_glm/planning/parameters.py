@@ -19,16 +19,11 @@ class Parameter(NamedTuple):
     """The word embedding where it has a copy on another stage."""
 
 
-def chunk_parameters(job: Job, stage: int, chunk: int = 0) -> list[Parameter]:
-    """Parameters of a model chunk of a pipeline stage, in the order in which Megatron builds them.
-
-    chunk: of the stage's, in the order in which a micro-batch passes them.
-    """
+def layer_parameters(job: Job) -> dict[str, int]:
+    """Elements of the parameters of a layer by name, in the order in which Megatron builds them."""
     h, t = job.hidden_size, job.tensor_model_parallel_size
     f, a = job.ffn_hidden_size // t, job.attention_size // t
-    vocabulary = job.padded_vocab_size // t * h
-    is_split = job.pipeline_model_parallel_size > 1
-    layer = {
+    return {
         "input_layernorm.weight": h,
         "input_layernorm.bias": h,
         "self_attention.linear_proj.weight": h * a,
@@ -42,18 +37,38 @@ def chunk_parameters(job: Job, stage: int, chunk: int = 0) -> list[Parameter]:
         "mlp.linear_fc2.weight": h * f,
         "mlp.linear_fc2.bias": h,
     }
-    parameters = []
+
+
+def chunk_parameters(job: Job, stage: int, chunk: int = 0) -> list[Parameter]:
+    """Parameters of a model chunk of a pipeline stage, in the order in which Megatron builds them.
+
+    chunk: of the stage's, in the order in which a micro-batch passes them.
+    """
+    layer = layer_parameters(job)
+    before, behind = _edges(job, stage, chunk)
+    return [
+        *before,
+        *(
+            Parameter(f"decoder.layers.{number}.{name}", numel)
+            for number in range(stage_layers(job)[stage][chunk])
+            for name, numel in layer.items()
+        ),
+        *behind,
+    ]
+
+
+def _edges(job: Job, stage: int, chunk: int) -> tuple[list[Parameter], list[Parameter]]:
+    """Parameters before and behind the layers of a chunk."""
+    h, is_split = job.hidden_size, job.pipeline_model_parallel_size > 1
+    vocabulary = job.padded_vocab_size // job.tensor_model_parallel_size * h
+    before, behind = [], []
     if is_first(job, stage, chunk):
-        parameters.append(Parameter("embedding.word_embeddings.weight", vocabulary, is_split))
-    for number in range(stage_layers(job)[stage][chunk]):
-        parameters += [Parameter(f"decoder.layers.{number}.{name}", n) for name, n in layer.items()]
+        before.append(Parameter("embedding.word_embeddings.weight", vocabulary, is_split))
     if is_last(job, stage, chunk):
-        parameters += [
-            Parameter(f"decoder.final_layernorm.{name}", h) for name in ("weight", "bias")
-        ]
+        behind += [Parameter(f"decoder.final_layernorm.{name}", h) for name in ("weight", "bias")]
         if is_split:
-            parameters.append(Parameter("output_layer.weight", vocabulary, True))
-    return parameters
+            behind.append(Parameter("output_layer.weight", vocabulary, True))
+    return before, behind
 
 
 def is_first(job: Job, stage: int, chunk: int) -> bool:
@@ -68,8 +83,10 @@ def is_last(job: Job, stage: int, chunk: int) -> bool:
 
 def parameters_of_rank(job: Job, stage: int) -> int:
     """Number of parameters that a rank of the stage holds."""
-    return sum(p.numel for chunk in range(job.num_chunks)
-               for p in chunk_parameters(job, stage, chunk))
+    edges = [p for chunk in range(job.num_chunks) for part in _edges(job, stage, chunk)
+             for p in part]  # fmt: skip
+    layers = sum(stage_layers(job)[stage]) * sum(layer_parameters(job).values())
+    return layers + sum(parameter.numel for parameter in edges)
 
 
 def parameters_of_model(job: Job) -> int:
