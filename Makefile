@@ -5,16 +5,17 @@ STAMP := $(VENV)/.installed
 PYTHON ?=
 ARGS ?=
 
-.PHONY: help quickstart test lint setup clean
+.PHONY: help quickstart test lint benchmarks-gpu setup clean
 
 help:
 	@echo "make quickstart   train a small GLM on text of this machine and let it fill blanks (CPU or GPU)"
 	@echo "make test         run every test that this machine can run"
 	@echo "make lint         check the style of the sources"
-	@echo "make setup        only make $(VENV); the three above do it themselves"
+	@echo "make benchmarks-gpu   run the benchmarks that need a GPU, see benchmarks/README.md"
+	@echo "make setup        only make $(VENV); the four above do it themselves"
 	@echo "make clean        remove $(VENV) and quickstart_run"
 	@echo
-	@echo "PYTHON=/path/to/python3.12 names the Python; ARGS='...' is handed to the quickstart or pytest."
+	@echo "PYTHON=/path/to/python3.12 names the Python; ARGS='...' is handed to the command."
 
 quickstart: $(STAMP)
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" examples/quickstart.sh $(ARGS)
@@ -24,6 +25,9 @@ test: $(STAMP)
 
 lint: $(STAMP)
 	@$(VENV)/bin/python -m ruff check $(ARGS) .
+
+benchmarks-gpu: $(STAMP)
+	@$(VENV)/bin/python -m benchmarks.run_all $(ARGS)
 
 setup: $(STAMP)
 
