@@ -17,6 +17,7 @@ import inspect
 import json
 import os
 import re
+import signal
 import sys
 import sysconfig
 import time
@@ -136,7 +137,11 @@ def gather(roots: Iterable[Path], max_bytes: int) -> Iterator[tuple[str, str, fl
     files = find_files(roots)
     seen: set[bytes] = set()
     size = 0
-    with ProcessPoolExecutor() as pool:
+    # Ctrl-C is for this process, which ends the workers.
+    pool = ProcessPoolExecutor(
+        initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
+    )
+    try:
         texts = pool.map(read_document, [path for _, path in files], chunksize=64)
         for index, ((name, _), text) in enumerate(zip(files, texts, strict=True), start=1):
             text = drop_repeated(text, seen)
@@ -145,8 +150,9 @@ def gather(roots: Iterable[Path], max_bytes: int) -> Iterator[tuple[str, str, fl
             size += len(text.encode())
             yield name, text, index / len(files)
             if size >= max_bytes:
-                pool.shutdown(cancel_futures=True)
                 return
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def default_roots() -> list[Path]:

@@ -1,8 +1,13 @@
 """tools/gather_text.py takes documentation, once, in one order, and splits it by document."""
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
+import sysconfig
+import time
 from pathlib import Path
 
 import pytest
@@ -81,6 +86,24 @@ def test_two_runs_write_the_same_bytes(site, tmp_path):
     assert outputs[0] == outputs[1]
     records = [json.loads(line) for part in outputs[0] for line in part.splitlines()]
     assert {record["source"]: record["text"] for record in records} == texts([site])
+
+
+def test_an_interrupt_ends_it_and_its_workers_at_once(tmp_path):
+    command = [sys.executable, TOOL, "--root", sysconfig.get_path("stdlib"), "--output-dir"]
+    process = subprocess.Popen(
+        [*command, tmp_path], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    part = tmp_path / "train.jsonl.part"
+    while not part.exists() or not part.stat().st_size:
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        _, errors = process.communicate(timeout=30)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert (process.returncode, errors) == (130, "\ngather_text.py: interrupted\n")
 
 
 def test_the_held_out_share_is_as_asked_and_each_document_keeps_its_side():
