@@ -164,6 +164,8 @@ def job_from_args(args: Namespace) -> Job:
             raise PlanError(f"--recompute-modules {module}: not forecast; plan without it")
     names = [field.name for field in fields(Job) if field.name != "dtype"]
     given = {name: getattr(args, name) for name in names}
-    given["recompute_modules"] = tuple(args.recompute_modules or ())
+    # What Megatron takes where none is named.
+    usual = ("core_attn",) if args.recompute_granularity == "selective" else ()
+    given["recompute_modules"] = tuple(args.recompute_modules or usual)
     given["dtype"] = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
     return Job(**given)

@@ -44,10 +44,9 @@ def time_kinds(plan: Plan) -> dict[str, float]:
 
 
 def headline(plan: Plan) -> list[str]:
-    """What it comes to, in four or five lines."""
+    """What it comes to, in three to five lines."""
     job, cluster = plan.job, plan.cluster
     where = f"{cluster.num_nodes} x {cluster.gpus_per_node} {cluster.gpu.name}"
-    chunks = f" in {job.num_chunks} chunks" if job.num_chunks > 1 else ""
     lines = [
         f"{parameters_of_model(job) / 1e9:.1f}B parameters on {where}: {layout(job)}",
         f"  memory  {plan.fullest.total / GIB:.1f} of {cluster.gpu.memory / GIB:.1f} GiB "
@@ -55,9 +54,13 @@ def headline(plan: Plan) -> list[str]:
         f"  step    {plan.time.step:.4g} s for {job.global_batch_size} sequences of "
         f"{job.seq_length}: {plan.tokens_per_second:,.0f} tokens/s, MFU {plan.mfu:.1%}"
         + (f", HFU {plan.hfu:.1%}" if plan.hfu > plan.mfu else ""),
-        f"  bubble  {plan.time.bubble / plan.time.step:.1%} of it: {job.num_microbatches} "
-        f"micro-batches in {job.pipeline_model_parallel_size} stages{chunks}",
     ]
+    if job.pipeline_model_parallel_size > 1:
+        chunks = f" of {job.num_chunks} chunks" if job.num_chunks > 1 else ""
+        lines.append(
+            f"  bubble  {plan.time.bubble / plan.time.step:.1%} of it: {job.num_microbatches} "
+            f"micro-batches in {job.pipeline_model_parallel_size} stages{chunks}"
+        )
     if plan.days is not None:
         tokens = plan.run.samples * job.seq_length
         lines.append(
