@@ -5,12 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_glm.model.attention import flex, triton
+from megatron_glm.model.attention import cudnn, cudnn_graphs, flex, triton
 from megatron_glm.model.dropout import draw_dropout
 from tests.host_reads import HostReads
 from tests.model.attention.packs import PACKS, random_inputs, samples_from
 
-BACKENDS = {"flex": flex.attention, "triton": triton.attention}
+BACKENDS = {"flex": flex, "triton": triton, "cudnn": cudnn}
 
 
 def no_kernel(query, key, value, *, return_aux=None, **options):
@@ -25,11 +25,15 @@ def test_neither_pass_reads_the_device(name, probability, monkeypatch):
     monkeypatch.setattr(flex, "_kernel", lambda device: no_kernel)
     for launch in ("launch", "launch_output_dot_gradient"):
         monkeypatch.setattr(triton._Call, launch, lambda *arguments: None)
+    monkeypatch.setattr(cudnn_graphs, "run", lambda *arguments: None)
+    monkeypatch.setattr(cudnn, "merge", lambda *arguments: None)
+    monkeypatch.setattr(cudnn, "DTYPES", (torch.float32,))
     samples = samples_from(PACKS["unequal, two sequences"])
     mixed, grad = random_inputs(samples, heads=2, dim=8, dtype=torch.float32)
     mixed.requires_grad_()
     with HostReads() as reads:
         dropout = draw_dropout(probability, mixed.device)
-        out = BACKENDS[name](*mixed.split(8, dim=-1), samples, softmax_scale=1.0, dropout=dropout)
+        inputs = mixed.split(8, dim=-1)
+        out = BACKENDS[name].attention(*inputs, samples, softmax_scale=1.0, dropout=dropout)
         out.backward(grad)
     assert reads.sites == {}
