@@ -110,10 +110,12 @@ class Table:
                     elif name == RATES:
                         yield row | self._ceiling(variant, reports)
                     else:
-                        components = outcome.components if variant == name else {}
-                        yield row | self._speed(reports) | {
-                            f"{part}_ms": value for part, value in components.items()
-                        }
+                        row |= self._speed(reports)
+                        if variant == MODELS[name].variants[0]:
+                            row |= {f"{part}_ms": ms for part, ms in outcome.components.items()}
+                        if outcome.error:
+                            row["ended_early"] = outcome.error
+                        yield row
 
     def _entry(self, name: str) -> Entry:
         model, options = MODELS[name], self.arguments

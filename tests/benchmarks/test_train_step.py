@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks import train_step
+from benchmarks.training.rounds import Outcome
 from benchmarks.training.work import product_flops
 from tests.ranks import _warm_context
 
@@ -55,6 +56,26 @@ def test_speeds_follow_from_times_and_masks(run):
     assert rows["stock"]["of_products"] == pytest.approx(rows["stock"]["tflops"] / ceiling)
     tokens = size.num_tokens / rows["llama"]["ms"] * 1e3
     assert rows["llama"]["tokens_per_s"] == pytest.approx(tokens)
+
+
+def test_what_was_measured_before_a_failure_is_kept(tmp_path, monkeypatch):
+    report = {"seconds": 0.5, "parameters": 7, "device": "cpu"}
+
+    def measure(entries, plan, folder):
+        return {
+            name: Outcome({variant: [] for variant in entry.variants}, error="OutOfMemoryError: 2")
+            if name == "stock"
+            else Outcome({variant: [report] for variant in entry.variants}, error="no answer")
+            for name, entry in entries.items()
+        }
+
+    monkeypatch.setattr(train_step, "measure", measure)
+    train_step.main(["--preset", "tiny", "--models", "glm", "stock", "--results", str(tmp_path)])
+    (path,) = tmp_path.glob("*.json")
+    glm, causal, stock = json.loads(path.read_text())["rows"]
+    assert glm["ended_early"] == causal["ended_early"] == "no answer"
+    assert glm["ms"] == causal["ms"] == 500
+    assert stock["error"] == "OutOfMemoryError: 2" and "ms" not in stock
 
 
 def row(model, tflops, **more):
