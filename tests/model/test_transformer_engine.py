@@ -6,7 +6,8 @@ is everything around them. The numbers of the kernels are compared on a GPU.
 
 import pytest
 import torch
-from megatron.core import tensor_parallel
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
 
 from tests.model.building import build_glm, sample_bounds
 from tests.ranks import run_ranks
@@ -100,6 +101,57 @@ def test_weight_gradients_added_in_the_products_train_as_the_local_ones(dtype, t
         assert local[2] == engine[2] == {True, False}
         assert engine[0] == pytest.approx(local[0], rel=tolerance)
         assert engine[1] == pytest.approx(local[1], rel=10 * tolerance)
+
+
+@pytest.fixture(scope="module")
+def one_gpu():
+    """This process as the only rank of a job."""
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    yield
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def errors_in_half_precision(dtype: torch.dtype) -> dict[str, dict[str, float]]:
+    """By implementation: how far losses and gradients are, relative to their size, from those in
+    fp32 of the same weights, by the local linears and plain attention."""
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    sizes = {"hidden_size": 512, "ffn_hidden_size": 1408, "num_attention_heads": 8,
+             "seq_length": 512}  # fmt: skip
+    half = sizes | {name: True, "params_dtype": dtype, "pipeline_dtype": dtype}
+    models = {implementation: build(implementation, **half) for implementation in IMPLEMENTATIONS}
+    exact = build("local", **sizes, glm_fused_kernels=False, glm_attention_backend="reference")
+    exact.load_state_dict(models["local"].state_dict())
+    assert_same_bits(*(dict(glm.named_parameters()) for glm in models.values()))
+    expected = loss_and_gradients(exact, sizes["seq_length"])
+    errors = {}
+    for implementation, glm in models.items():
+        found = loss_and_gradients(glm, sizes["seq_length"])
+        errors[implementation] = {
+            name: ((found[name] - value).norm() / value.norm()).item()
+            for name, value in expected.items()
+        }
+    return errors
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("one_gpu")
+@pytest.mark.parametrize("dtype, unit", [(torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)])
+def test_kernels_round_as_the_local_ones_do(dtype, unit):
+    errors = errors_in_half_precision(dtype)
+    for name, local in errors["local"].items():
+        assert errors["transformer_engine"][name] <= 1.5 * local + unit, name
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("one_gpu")
+@pytest.mark.parametrize("fusion", [False, True])
+def test_steps_on_a_gpu_are_those_of_the_local_linears(fusion):
+    options = {"dtype": "bf16", "gradient_accumulation_fusion": fusion, "distributed": True}
+    local, engine = steps_by_both(options)
+    assert engine[0] == pytest.approx(local[0], rel=1e-3)
+    assert engine[1] == pytest.approx(local[1], rel=2e-2)
 
 
 def assert_same_bits(ours: dict, theirs: dict) -> None:

@@ -48,10 +48,14 @@ class Stepping:
         """Two micro-batches."""
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        batches = iter([torch.randint(VOCABULARY, (2, SEQUENCE), generator=self.generator)
-                        for _ in range(2)])
-        position_ids = torch.arange(SEQUENCE).expand(2, -1)
-        samples = torch.tensor([[[9], [SEQUENCE]]], dtype=torch.int32).expand(2, -1, -1)
+        device = next(self.model.parameters()).device
+        batches = iter([
+            torch.randint(VOCABULARY, (2, SEQUENCE), generator=self.generator).to(device)
+            for _ in range(2)
+        ])  # fmt: skip
+        position_ids = torch.arange(SEQUENCE, device=device).expand(2, -1)
+        samples = torch.tensor([[[9], [SEQUENCE]]], dtype=torch.int32, device=device)
+        samples = samples.expand(2, -1, -1)
 
         def forward_step(data_iterator, model):
             tokens = next(batches)

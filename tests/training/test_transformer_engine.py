@@ -3,6 +3,10 @@
 Its kernels are emulated on the CPU; see tests/emulated_transformer_engine.py.
 """
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,12 +22,14 @@ from tests.training.corpus import make_corpus
 from tests.training.pretraining import TINY, Step, pretrain
 from tests.transformer_engine import needs_transformer_engine
 
-pytestmark = [pytest.mark.ranks, needs_transformer_engine]
+pytestmark = needs_transformer_engine
+ROOT = Path(__file__).parents[2]
 STOP, TOTAL = 3, 6
 ENGINE = ["--transformer-impl", "transformer_engine"]
+BF16 = "bf16, distributed optimizer"
 KINDS = {
+    BF16: ["--use-distributed-optimizer", "--bf16"],
     "fp32, distributed optimizer": ["--use-distributed-optimizer"],
-    "bf16, distributed optimizer": ["--use-distributed-optimizer", "--bf16"],
     "fp32": [],
 }
 
@@ -73,8 +79,12 @@ def runs(corpus, tmp_path_factory) -> dict[str, Runs]:
 
 
 def stop(flags: list[str], folder: Path) -> list[Step]:
-    return pretrain([*flags, "--save", str(folder), "--save-interval", "1000", "--exit-interval",
-                     str(STOP)])  # fmt: skip
+    return pretrain([*flags, *saving(folder)])
+
+
+def saving(folder: Path) -> list[str]:
+    """Flags of a run that stops on the way."""
+    return ["--save", str(folder), "--save-interval", "1000", "--exit-interval", str(STOP)]
 
 
 def resume(flags: list[str], folder: Path) -> list[Step]:
@@ -87,19 +97,22 @@ def assert_close(steps: list[Step], expected: list[Step], tolerance: float) -> N
         assert step.grad_norm == pytest.approx(other.grad_norm, rel=100 * tolerance)
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_is_bit_equal(runs, kind):
     assert runs[kind].with_engine == runs[kind].whole
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_goes_on_without_transformer_engine_and_back(runs, kind):
     # A step count that started anew would move the losses by 1e-3 and more.
-    tolerance = 1e-4 if "bf16" in kind else 1e-6
+    tolerance = 1e-4 if kind == BF16 else 1e-6
     assert_close(runs[kind].engine_to_local, runs[kind].whole, tolerance)
     assert_close(runs[kind].local_to_engine, runs[kind].whole, tolerance)
 
 
+@pytest.mark.ranks
 def test_both_store_the_same_tensors(runs):
     """Under the same names, and close: the optimizers round apart."""
     kind = "fp32"
@@ -113,6 +126,7 @@ def test_both_store_the_same_tensors(runs):
         assert (tensor - local[name]).abs().max() < 1e-5, name
 
 
+@pytest.mark.ranks
 def test_a_converted_checkpoint_is_trained_by_either(runs, corpus, tmp_path):
     source = open_checkpoint(runs["fp32"].engine_checkpoint)
     target = plan_target(Request(Format.MEGATRON), source, source.settings, None)
@@ -127,3 +141,34 @@ def test_a_converted_checkpoint_is_trained_by_either(runs, corpus, tmp_path):
     with preloading("tests.emulated_transformer_engine"):
         engine = resume([*flags, *ENGINE], folder)
     assert_close(engine, local, 1e-6)
+
+
+ON_GPU = """
+import json, sys
+import pretrain_glm
+from tests.training.pretraining import pretrain_on_this_rank
+print("steps:", json.dumps(pretrain_on_this_rank(sys.argv[1:])))
+"""
+
+
+def pretrain_on_gpu(flags: list[str]) -> list[Step]:
+    """The steps of a run on one GPU, in a process of its own."""
+    process = subprocess.run(
+        [sys.executable, "-c", ON_GPU, *flags], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0",
+                          "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"},
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    line = next(line for line in process.stdout.splitlines() if line.startswith("steps:"))
+    return [Step(*step) for step in json.loads(line.removeprefix("steps:"))]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_run_stops_and_goes_on_with_either(corpus, tmp_path):
+    flags = [*TINY, *corpus.flags, "--train-iters", str(TOTAL), *KINDS[BF16]]
+    whole = pretrain_on_gpu([*flags, *ENGINE])
+    first = pretrain_on_gpu([*flags, *ENGINE, *saving(tmp_path)])
+    for more in (ENGINE, []):
+        resumed = pretrain_on_gpu([*flags, *more, "--load", str(tmp_path)])
+        # Kernels on a GPU add in no fixed order, and those of the two round apart.
+        assert_close(first + resumed, whole, 1e-3)
