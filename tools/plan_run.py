@@ -124,6 +124,9 @@ def training_args(own: argparse.Namespace, rest: list[str]) -> argparse.Namespac
     check_flags(args)
     fill_derived(args)
     if own.search:
+        if args.global_batch_size is None:
+            raise PlanError("--global-batch-size is missing: a search needs it; give the sequences "
+                            "of a step")
         args.__dict__.update(SEARCHED)
     args.micro_batch_size = args.micro_batch_size or 1
     # Megatron prints every flag with its value, and warns of what training alone is about.

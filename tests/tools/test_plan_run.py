@@ -63,4 +63,4 @@ def test_errors_are_one_line_with_the_cure():
         "plan_run.py: error: --padded-vocab-size is missing: give it, or --tokenizer-type and "
         "--tokenizer-model"
     )
-    assert last_line(plan(*MODEL, "--swiglu")).startswith("plan_run.py: error: --swiglu")
+    assert "--global-batch-size is missing" in last_line(plan(*MODEL, "--search"))
