@@ -22,7 +22,8 @@ PATTERNS = {
     "optimizer": r"Optimizer\.|multi_tensor|fused_adam|adamw|aten::_foreach",
     "cross_entropy": r"cross_?entropy|nll_loss|log_?softmax",
     # Batched products and the softmax belong to unfused attention: nothing else here has them.
-    "attention": r"attention|flash|fmha|sdpa|softmax|aten::(baddbmm|bmm|masked_fill)",
+    "attention": r"attention|flash|fmha|sdpa|softmax|aten::(baddbmm|bmm|masked_fill)"
+                 r"|_SplitRanges|_Chunked",
     "products": r"gemm|gemv|nvjet|cutlass|xmma|cublas|splitk|aten::(mm|addmm|matmul|linear)$"
                 r"|weight_?gradient",
 }  # fmt: skip
