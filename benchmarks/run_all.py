@@ -33,7 +33,6 @@ RUNS = {
     "one-rank": Run(("one_rank_130b", "--plot"), 5, knows_minutes=True),
     "step-fp16": Run(("train_step", "--preset", "fp16"), 3, knows_minutes=True),
     "fused": Run(("fused",), 2),
-    "update": Run(("update",), 1.5),
     "update": Run(("update",), 2),
     "step-scaling": Run(("train_step", "--preset", "scaling", "--plot"), 6, knows_minutes=True),
     "decode": Run(("decode", "--plot"), 3),
