@@ -9,12 +9,14 @@ or of standard input is one; on a terminal it asks for them.
 """
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -127,10 +129,18 @@ def texts(args: argparse.Namespace) -> Iterator[tuple[list[str], bool]]:
             raise GLMError(f"--input {args.input}: cannot be read ({error})") from None
         yield [line for line in lines if line.strip()], False
     elif not sys.stdin.isatty():
+        keep_foreign_bytes(sys.stdin)
         yield [line.rstrip("\n") for line in sys.stdin if line.strip()], False
     else:
+        keep_foreign_bytes(sys.stdin)
         while line := ask():
             yield [line], True
+
+
+def keep_foreign_bytes(stream: TextIO) -> None:
+    """Has bytes that are not UTF-8 refused with their text, rather than with all that follows."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="surrogateescape")
 
 
 def ask() -> str | None:
@@ -165,16 +175,20 @@ def search_config(args: argparse.Namespace, seed: int) -> SearchConfig:
     return SearchConfig(**values | {"seed": seed})
 
 
-def serve(args: argparse.Namespace, filler: Filler, layout: Layout) -> None:
+def serve(args: argparse.Namespace, layout: Layout, device: torch.device) -> None:
     if not layout.is_driver:
-        follow(filler, layout, (), lambda running: None)
+        follow(load(args, layout, device), layout, (), lambda running: None)
         return
     # Imported where it is needed: a web framework takes a second.
-    from megatron_glm.inference.server import ServerConfig, run_server
+    from megatron_glm.inference.server import ServerConfig, bind, run_server
 
-    service = Service(filler, layout, args.max_batch_size, args.max_waiting)
     config = ServerConfig(args.host, args.port, args.max_body_bytes, args.max_new_tokens)
-    run_server(service, search_config(args, args.seed), config, partial(print, flush=True))
+    with bind(config) as bound:
+        service = Service(
+            load(args, layout, device), layout, args.max_batch_size, args.max_waiting
+        )
+        announce = partial(print, flush=True)
+        run_server(service, search_config(args, args.seed), config, bound, announce)
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -203,10 +217,10 @@ def generate(args: argparse.Namespace) -> None:
 
 def run_tool(args: argparse.Namespace, device: torch.device) -> None:
     layout = Layout.create(args.tensor_model_parallel_size, args.pipeline_model_parallel_size)
-    filler = load(args, layout, device)
     if args.serve:
-        serve(args, filler, layout)
+        serve(args, layout, device)
         return
+    filler = load(args, layout, device)
     for prompts, is_dialogue in layout.shared(texts(args)):
         try:
             for line in fill(args, filler, prompts):

@@ -104,6 +104,13 @@ class BlankCodec:
 
         Raises PromptError.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise PromptError(
+                f"the prompt holds {text[error.start]!a} at character {error.start}, half of a "
+                "surrogate pair or a byte that is not UTF-8: give text"
+            ) from None
         masks = [Mask(found) for found in _PATTERN.findall(text)]
         texts = _PATTERN.split(text)
         if not masks:

@@ -8,6 +8,7 @@ as they are filled, then the completion. GET /health says whether the engine run
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -214,14 +215,36 @@ def make_app(service: Service, defaults: SearchConfig, server: ServerConfig) -> 
     return app
 
 
+def bind(config: ServerConfig) -> socket.socket:
+    """Takes the port, before anything slow is done; nobody can connect until `run_server`.
+
+    GLMError where it cannot be had.
+    """
+    bound = socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((config.host, config.port))
+    except OSError as error:
+        bound.close()
+        raise GLMError(
+            f"--host {config.host} --port {config.port}: cannot be had ({error.strerror}); give "
+            "an address of this machine and a free port, 0 for any"
+        ) from error
+    return bound
+
+
 def run_server(
-    service: Service, defaults: SearchConfig, config: ServerConfig, announce=print
+    service: Service,
+    defaults: SearchConfig,
+    config: ServerConfig,
+    bound: socket.socket,
+    announce=print,
 ) -> None:
-    """Serves until a signal or a fault of the engine, which is raised. announce: told where."""
+    """Serves until a signal or a fault of the engine, which is raised. bound: see `bind`.
+    announce: told where."""
     app = make_app(service, defaults, config)
     options = uvicorn.Config(
-        app, host=config.host, port=config.port, log_level="warning", access_log=False,
-        timeout_graceful_shutdown=config.grace_s,
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=config.grace_s
     )
     server = uvicorn.Server(options)
 
@@ -229,12 +252,11 @@ def run_server(
         server.should_exit = True
 
     service.stopped = end
-    socket = options.bind_socket()
     service.start()
     try:
-        host, port = socket.getsockname()[:2]
-        announce(f"serving on http://{host}:{port}")
-        server.run(sockets=[socket])
+        host, port = bound.getsockname()[:2]
+        announce(f"serving on http://{f'[{host}]' if ':' in host else host}:{port}")
+        server.run(sockets=[bound])
     finally:
         service.stop()
     if service.error is not None:
@@ -246,6 +268,7 @@ _TYPES = {
     404: "not_found",
     405: "method_not_allowed",
     413: "too_large",
+    415: "invalid_request",
     422: "invalid_request",
     503: "unavailable",
 }
@@ -268,11 +291,16 @@ def _on_http_error(request: Request, error: HTTPException) -> JSONResponse:
 
 
 def _on_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-    reasons = (
-        f"{'.'.join(str(part) for part in reason['loc'][1:]) or 'body'}: {reason['msg']}"
-        for reason in error.errors()
-    )
-    return _error_response(422, "; ".join(reasons))
+    content_type = request.headers.get("content-type", "")
+    if "json" not in content_type:
+        return _error_response(415, f"content-type {content_type!r}: must be application/json")
+    return _error_response(422, "; ".join(map(_reason, error.errors())))
+
+
+def _reason(error: dict[str, Any]) -> str:
+    if error["type"] == "json_invalid":
+        return f"body: not JSON at character {error['loc'][-1]}: {error['ctx']['error']}"
+    return f"{'.'.join(map(str, error['loc'][1:])) or 'body'}: {error['msg']}"
 
 
 def _on_glm_error(request: Request, error: GLMError) -> JSONResponse:

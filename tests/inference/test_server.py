@@ -5,14 +5,16 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import httpx
 import pytest
 
+from megatron_glm.errors import GLMError
 from megatron_glm.inference.generation import run
 from megatron_glm.inference.layout import Layout
 from megatron_glm.inference.search import SearchConfig
-from megatron_glm.inference.server import ServerConfig, run_server
+from megatron_glm.inference.server import ServerConfig, bind, run_server
 from megatron_glm.inference.service import Service
 from tests.inference.building import lively_source, make_filler
 
@@ -42,8 +44,8 @@ def server(service):
         addresses.append(text.split()[-1])
         started.set()
 
-    defaults = SearchConfig(max_new_tokens=12)
-    thread = threading.Thread(target=run_server, args=(service, defaults, LIMITS, announce))
+    arguments = (service, SearchConfig(max_new_tokens=12), LIMITS, bind(LIMITS), announce)
+    thread = threading.Thread(target=run_server, args=arguments)
     thread.start()
     assert started.wait(30)
     with httpx.Client(base_url=addresses[0]) as client:
@@ -181,7 +183,8 @@ def test_health(client):
         ({"prompt": "the", "max_tokens": 5}, 422, "max_tokens"),
         ({}, 422, "prompt"),
         ([], 422, ""),
-        (b'{"prompt": ', 422, "JSON"),
+        (b'{"prompt": ', 422, "not JSON at character 11: Expecting value"),
+        (b'{"prompt": "\\ud800"}', 400, "holds '\\ud800' at character 0"),
         (b"\xff\xfe", 422, ""),
         (b"", 422, ""),
     ],
@@ -196,6 +199,25 @@ def test_what_cannot_be_answered_is_refused_as_json(client, body, status, messag
     error = response.json()["error"]
     assert error["type"] == ("too_large" if status == 413 else "invalid_request")
     assert message in error["message"]
+
+
+def test_what_is_not_announced_as_json_is_refused(client):
+    response = client.post("/generate", data={"prompt": "the"})
+    assert response.status_code == 415
+    assert "must be application/json" in response.json()["error"]["message"]
+
+
+def test_a_port_in_use_is_named():
+    with bind(LIMITS) as bound:
+        taken = bound.getsockname()[1]
+        bound.listen()
+        with pytest.raises(GLMError, match=f"--host 127.0.0.1 --port {taken}: .*already in use"):
+            bind(replace(LIMITS, port=taken))
+
+
+def test_an_address_of_another_machine_is_named():
+    with pytest.raises(GLMError, match="--host 192.0.2.1 --port 0: "):
+        bind(replace(LIMITS, host="192.0.2.1"))
 
 
 def test_a_body_of_unknown_length_is_cut_off(client):

@@ -101,6 +101,12 @@ def test_texts_from_a_file_and_from_standard_input(folder, output, tmp_path, mon
     assert output(*flags(folder)) == expected
 
 
+def test_bytes_that_are_no_text_are_refused(folder, capsys, monkeypatch):
+    stdin = io.TextIOWrapper(io.BytesIO(b"the \xff[MASK]\n"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", stdin)
+    assert "holds '\\udcff' at character 4" in fails(capsys, *flags(folder))
+
+
 def test_on_a_terminal_it_asks_on_whatever_is_typed(folder, output, monkeypatch):
     expected = output(*flags(folder), *prompts(PROMPTS[1]))
     answers = iter(["[gMASK][gMASK]", PROMPTS[1], ""])
