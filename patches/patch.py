@@ -138,8 +138,9 @@ def no_fused_adam() -> bool:
     except Exception as error:
         raise RuntimeError(
             f"Transformer Engine or Apex is installed but its import fails: {error!r}. Install it "
-            "whole (for Transformer Engine also transformer-engine-torch, of the same version) "
-            "or uninstall it: Megatron works without."
+            "whole (for Transformer Engine also transformer-engine-torch, of the same version; "
+            "where a cuBLAS symbol is undefined, a newer nvidia-cublas) or uninstall it: Megatron "
+            "works without."
         ) from error
 
 

@@ -35,7 +35,7 @@ def _transformer_engine_linears() -> Linears:
         raise GLMError(
             f"--transformer-impl transformer_engine: Transformer Engine cannot be had ({error}); "
             "on a machine with a GPU, pip install --no-build-isolation "
-            "'transformer-engine[pytorch]', or leave the flag at local"
+            "'transformer-engine[pytorch]==2.14.1', or leave the flag at local"
         ) from error
     from megatron.core.extensions.transformer_engine import (
         TEColumnParallelLinear,

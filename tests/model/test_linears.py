@@ -20,7 +20,7 @@ def test_without_transformer_engine_the_error_has_the_cure(monkeypatch):
     for name in [name for name in sys.modules if name.startswith("transformer_engine.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "transformer_engine", None)
-    cure = r"--transformer-impl transformer_engine.*pip install.*transformer-engine\[pytorch\]"
+    cure = r"--transformer-impl transformer_engine.*pip install.*transformer-engine\[pytorch\]==2"
     with pytest.raises(GLMError, match=cure) as refusal:
         select_linears("transformer_engine")
     assert "\n" not in str(refusal.value)
