@@ -3,9 +3,9 @@
     python -m benchmarks.train_step --preset 4096 [--minutes 5] [--plot]
 
 The GLM is `pretrain_glm.py` itself on packed batches of the published mix; "causal" is the same
-program on samples without context; "stock" is Megatron-Core's GPT without extensions; "llama" is
-transformers' under torch.compile, which then gives attention a dense mask, and "llama-causal" the
-same without one. Each trains in a process of its own, those of a group take turns in rounds, and
+program on samples without context, and "glm-te" with Transformer Engine's linears; "stock" is
+Megatron-Core's GPT without extensions; "llama" is transformers' under torch.compile, which then
+gives attention a dense mask, and "llama-causal" the same without one. Each trains in a process of its own, those of a group take turns in rounds, and
 the median counts. TFLOP/s are of the paper's formula with the mask's real work;
 "products" times the products of a step alone, which is the ceiling. Every row says in milliseconds
 where one step's time went. A model that fails has the reason in its row.
@@ -48,6 +48,7 @@ class Model(NamedTuple):
     variants: tuple[str, ...]
     dtype: str = "bf16"
     options: dict[str, Any] = {}  # noqa: RUF012
+    flags: tuple[str, ...] = ()
 
 
 RATES = "rates"
@@ -55,6 +56,9 @@ MODELS = {
     RATES: Model("benchmarks.training.rates", ("products", "attention", "copy")),
     "glm": Model("benchmarks.training.glm", ("glm", "causal")),
     "glm-fp16": Model("benchmarks.training.glm", ("glm-fp16",), "fp16"),
+    "glm-te": Model(
+        "benchmarks.training.glm", ("glm-te",), flags=("--transformer-impl", "transformer_engine")
+    ),
     "llama": Model("benchmarks.training.llama", ("llama",)),
     "llama-causal": Model(
         "benchmarks.training.llama", ("llama-causal",), options={"without_mask": True}
@@ -79,6 +83,8 @@ PRESETS = {
     "4096": Preset((H4096,), (*ALL, ("llama-causal",))),
     "12288": Preset((H12288,), ALL),
     "fp16": Preset((H4096,), (("glm", "glm-fp16"),)),
+    # Transformer Engine's linears beside Megatron's; its optimizer is taken by both.
+    "linears": Preset((H4096, H12288), (("rates", "glm", "glm-te"),)),
     # As many tokens a step in each.
     "scaling": Preset(
         (
@@ -119,10 +125,8 @@ class Table:
 
     def _entry(self, name: str) -> Entry:
         model, options = MODELS[name], self.arguments
-        flags = options.glm_flags if "glm" in model.program else ()
-        task = Task(
-            model.program, self.size, model.dtype, options.dropout, tuple(flags), model.options
-        )
+        flags = (*model.flags, *(options.glm_flags if "glm" in model.program else ()))
+        task = Task(model.program, self.size, model.dtype, options.dropout, flags, model.options)
         return Entry(task, model.variants, options.components and name != RATES)
 
     def _ceiling(self, variant: str, reports: list[dict]) -> dict[str, Any]:
