@@ -5,10 +5,11 @@
 The GLM is `pretrain_glm.py` itself on packed batches of the published mix; "causal" is the same
 program on samples without context, and "glm-te" with Transformer Engine's linears; "stock" is
 Megatron-Core's GPT without extensions; "llama" is transformers' under torch.compile, which then
-gives attention a dense mask, and "llama-causal" the same without one. Each trains in a process of its own, those of a group take turns in rounds, and
-the median counts. TFLOP/s are of the paper's formula with the mask's real work;
-"products" times the products of a step alone, which is the ceiling. Every row says in milliseconds
-where one step's time went. A model that fails has the reason in its row.
+gives attention a dense mask, and "llama-causal" the same without one. Each trains in a process of
+its own, those of a group take turns in rounds, and the median counts. TFLOP/s are of the paper's
+formula with the mask's real work; "products" times the products of a step alone, which is the
+ceiling. Every row says in milliseconds where one step's time went. A model that fails has the
+reason in its row.
 """
 
 import argparse
