@@ -51,7 +51,7 @@ def run_ranks(
     the environment of torchrun is set up, for a function that starts everything by itself.
     Raises RankError after `timeout` seconds or when a rank fails.
     """
-    context = _warm_context()
+    context = warm_context()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     call = pickle.dumps((function, args))
     setup = {"seed": seed, "timeout": timeout, "layout": layout} if initialize else None
@@ -100,7 +100,7 @@ def preloading(module: str) -> Iterator[None]:
         forkserver._forkserver._stop()
 
 
-def _warm_context() -> multiprocessing.context.BaseContext:
+def warm_context() -> multiprocessing.context.BaseContext:
     """A context whose processes are forks of a server that has imported Megatron, without GPU."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([_preload])

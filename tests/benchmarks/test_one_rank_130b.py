@@ -7,7 +7,7 @@ import pytest
 from benchmarks import one_rank_130b
 from benchmarks.training.job import LAYOUTS
 from megatron_glm.planning.parameters import parameters_of_rank
-from tests.ranks import _warm_context
+from tests.ranks import warm_context
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def run(tmp_path_factory):
     one_rank_130b.main([
         "--preset", "tiny", "--rounds", "1", "--peak-tflops", "0.1", "--plot",
         "--results", str(folder),
-    ], _warm_context())  # fmt: skip
+    ], warm_context())  # fmt: skip
     (path,) = folder.glob("one_rank_130b-*.json")
     return json.loads(path.read_text()), path
 

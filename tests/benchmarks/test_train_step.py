@@ -7,7 +7,7 @@ import pytest
 from benchmarks import train_step
 from benchmarks.training.rounds import Outcome
 from benchmarks.training.work import product_flops
-from tests.ranks import _warm_context
+from tests.ranks import warm_context
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def run(tmp_path_factory):
     train_step.main([
         "--preset", "tiny", "--rounds", "2", "--steps", "1", "--plot", "--results", str(folder),
         "--glm-flags", "--min-gmask-ratio 0.3 --glm-attention-backend chunked",
-    ], _warm_context())  # fmt: skip
+    ], warm_context())  # fmt: skip
     (path,) = folder.glob("train_step-*.json")
     return json.loads(path.read_text()), path
 

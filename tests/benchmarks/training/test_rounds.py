@@ -7,7 +7,7 @@ import pytest
 from benchmarks.training.rounds import WARM_UP_STEPS, Entry, Plan, measure
 from benchmarks.training.turns import Task
 from benchmarks.training.work import Size
-from tests.ranks import _warm_context
+from tests.ranks import warm_context
 
 SIZE = Size(1, 8, 2, 16, 32, 6, 1, 1)
 
@@ -28,7 +28,7 @@ def run(tmp_path):
             )
             for name, behaviour in behaviours.items()
         }  # fmt: skip
-        plan = Plan(_warm_context(), num_rounds, num_steps, time.monotonic() + seconds)
+        plan = Plan(warm_context(), num_rounds, num_steps, time.monotonic() + seconds)
         return measure(entries, plan, tmp_path / "work"), journal.read_text().split()
 
     return run
