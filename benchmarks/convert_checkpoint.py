@@ -1,13 +1,13 @@
-"""Measures tools/convert_checkpoint.py on a checkpoint that does not fit into its memory.
+"""Measures tools/convert_checkpoint.py beside plain copies of the same files.
 
-    python benchmarks/convert_checkpoint.py [--layers 48] [--folder FOLDER] [--keep]
+    python benchmarks/convert_checkpoint.py [--layers 8 48] [--rounds 3] [--folder FOLDER]
 
-A GLM of hidden size 4096 in fp16 (48 layers and GLM-130B's vocabulary: 10B parameters, 20 GB) is
-generated as a SAT checkpoint of 8 shards. Each row then makes one result of it: a plain copy of the
-files, brought to the disk as the tool does, SAT at 2 shards, Hugging Face, Megatron. Memory is the
-most that the process held; the speed is bytes read by the clock, and again by the processor time
-of the process, which depends less on what else the machine does. Needs three times the space of
-the checkpoint.
+GLMs of hidden size 4096 in fp16, generated as SAT checkpoints of 8 shards: 4.5 GB with 8 layers and
+20.5 GB, 10B parameters, with 48 (and GLM-130B's vocabulary). Each round copies the files and brings
+them to the disk as the tool does, and then makes each result from them; the medians count. Before
+each run a source that fits into a third of the machine's memory is put into the page cache, and a
+larger one out of it. Memory is the most that the process held. Required of the largest: half of the
+copy's speed, in less than 3 GB. Needs twice the space of the largest checkpoint.
 """
 
 import argparse
@@ -15,22 +15,25 @@ import os
 import re
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from benchmarks.records import print_table, write_record  # noqa: E402
+from benchmarks.records import Check, add_run_flags, run_benchmark  # noqa: E402
 from megatron_glm.checkpoint.sat_writer import SATWriter  # noqa: E402
 from megatron_glm.checkpoint.settings import Settings  # noqa: E402
 from megatron_glm.checkpoint.table import Dimensions, Tensor  # noqa: E402
+from megatron_glm.checkpoint.torch_file import BLOCK_BYTES  # noqa: E402
 
 TOOL = ROOT / "tools" / "convert_checkpoint.py"
 TARGETS = {
@@ -39,6 +42,22 @@ TARGETS = {
     "Hugging Face, INT4": ["--to", "hf", "--quantization-bit-width", "4"],
     "Megatron": ["--to", "megatron"],
 }
+REQUIRED_TARGETS = ["SAT, 2 shards", "Hugging Face"]
+REQUIRED_SHARE_OF_COPY = 0.5
+REQUIRED_MEMORY_GB = 3.0
+# Copies a folder and brings it to the disk, in a process that starts as fast as cp.
+COPY = """
+import os, shutil, sys
+shutil.copytree(*sys.argv[1:])
+for folder, _, names in os.walk(sys.argv[2]):
+    for name in names:
+        descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+"""
+# A virtual machine gives freed memory back to its host, and pays to have it again: whoever begins
+# at once would be spared that.
+PAUSE_SECONDS = 5.0
 
 
 class RandomSource:
@@ -58,17 +77,34 @@ class RandomSource:
         return result
 
 
-def copy(source: Path, target: Path) -> None:
-    """Copies the files and brings them to the disk."""
-    shutil.copytree(source, target)
-    for path in target.rglob("*"):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+def write_source(layers: int, folder: Path) -> int:
+    """Makes a SAT checkpoint of 8 shards; its size in bytes."""
+    source = RandomSource(Dimensions(layers, 4096, 10880, 64, 150528))
+    writer = SATWriter(source.settings, 8, torch.float16, None)
+    folder.mkdir()
+    writer.write(folder, 49300, source.read)
+    return writer.num_bytes
 
 
-def measure(command: list[str], num_bytes: int) -> dict[str, float]:
-    """Time, processor time and memory of a process that reads so many bytes."""
+def files(folder: Path) -> Iterator[Path]:
+    """Every file of a folder."""
+    return (path for path in folder.rglob("*") if path.is_file())
+
+
+def prepare(source: Path, cached: bool) -> None:
+    """Puts the files into the page cache, or out of it, and lets the machine come to rest."""
+    os.sync()
+    for path in files(source):
+        with open(path, "rb", buffering=0) as file:
+            if not cached:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while cached and file.read(BLOCK_BYTES):
+                pass
+    time.sleep(PAUSE_SECONDS)
+
+
+def measure(command: list[str]) -> dict[str, float]:
+    """Time, processor time and memory of a process; the last two of the tool's own words."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
@@ -84,47 +120,82 @@ def measure(command: list[str], num_bytes: int) -> dict[str, float]:
     return {
         "seconds": seconds,
         "processor_seconds": processor,
-        "gb_per_second": num_bytes / 1e9 / seconds,
         "memory_gb": float(held[-1]) if held else float("nan"),
         "announced_gb": float(announced[1]) if announced else float("nan"),
     }
+
+
+def run_rounds(
+    layers: int, folder: Path, targets: list[str], rounds: int
+) -> Iterator[dict[str, Any]]:
+    """A row for the copies and for each target, of a checkpoint that is made in the folder."""
+    source, result = folder / "sat", folder / "result"
+    size = write_source(layers, source)
+    cached = 3 * size < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    commands = {"copy": [sys.executable, "-c", COPY, str(source), str(result)]}
+    for label in targets:
+        commands[label] = [
+            sys.executable, str(TOOL), "--from", "sat", *TARGETS[label], "--load", str(source),
+            "--save", str(result),
+        ]  # fmt: skip
+    measured: dict[str, list[dict[str, float]]] = {label: [] for label in commands}
+    for number in range(rounds):
+        for label, command in commands.items():
+            prepare(source, cached)
+            measured[label].append(measure(command))
+            seconds = measured[label][-1]["seconds"]
+            print(f"{layers} layers, round {number + 1}, {label}: {seconds:.1f} s", flush=True)
+            shutil.rmtree(result)
+    copy_seconds = statistics.median(run["seconds"] for run in measured["copy"])
+    for label, runs in measured.items():
+        median = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+        yield {
+            "checkpoint_gb": round(size / 1e9, 1),
+            "page_cache": "full" if cached else "empty",
+            "result": label,
+            "seconds": median["seconds"],
+            "gb_per_second": size / 1e9 / median["seconds"],
+            "share_of_copy_speed": copy_seconds / median["seconds"],
+            "processor_seconds_per_gb": median["processor_seconds"] / (size / 1e9),
+            "memory_gb": max(run["memory_gb"] for run in runs),
+            "announced_gb": max(run["announced_gb"] for run in runs),
+            "rounds": [round(run["seconds"], 1) for run in runs],
+        }
+
+
+def judge(rows: list[dict[str, Any]]) -> list[Check]:
+    """What the rows of the largest checkpoint have to show."""
+    checks = []
+    largest = max(row["checkpoint_gb"] for row in rows)
+    for row in rows:
+        if row["checkpoint_gb"] == largest and row["result"] in REQUIRED_TARGETS:
+            what = f"{largest:g} GB to {row['result']}"
+            checks += [
+                Check(f"{what}: share of the copy's speed", row["share_of_copy_speed"],
+                      REQUIRED_SHARE_OF_COPY),
+                Check(f"{what}: GB of memory", row["memory_gb"], REQUIRED_MEMORY_GB, False),
+            ]  # fmt: skip
+    return checks
+
+
+def measure_all(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The rows of every checkpoint, the smallest first."""
+    for layers in sorted(args.layers):
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            yield from run_rounds(layers, Path(folder), args.targets, args.rounds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--layers", type=int, nargs="+", default=[8, 48])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=REQUIRED_TARGETS)
     parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
-    parser.add_argument("--targets", nargs="*", choices=TARGETS, default=list(TARGETS))
+    add_run_flags(parser)
     args = parser.parse_args()
-    dimensions = Dimensions(args.layers, 4096, 10880, 64, 150528)
-    rows = []
-    with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        folder = Path(name)
-        source = RandomSource(dimensions)
-        writer = SATWriter(source.settings, 8, torch.float16, None)
-        (folder / "sat").mkdir()
-        writer.write(folder / "sat", 49300, source.read)
-        size = writer.num_bytes
-        plain = [
-            sys.executable,
-            "-c",
-            "import sys; from pathlib import Path; sys.path[:0] = ['.'];"
-            "from benchmarks.convert_checkpoint import copy; copy(*map(Path, sys.argv[1:]))",
-        ]
-        for label in ["copy", *args.targets, "copy again"]:
-            if label in TARGETS:
-                command = [sys.executable, str(TOOL), "--from", "sat", *TARGETS[label],
-                           "--load", str(folder / "sat"), "--save", str(folder / "result")]
-            else:
-                command = [*plain, str(folder / "sat"), str(folder / "result")]
-            rows.append({"result": label} | measure(command, size))
-            print(rows[-1], flush=True)
-            shutil.rmtree(folder / "result")
-    print_table(rows)
-    settings = {"bytes": size, **asdict(dimensions), "load_average": os.getloadavg()[0]}
-    print(f"record: {write_record('convert_checkpoint', settings, rows)}")
+    run_benchmark("convert_checkpoint", args, measure_all(args), judge=judge)
 
 
 if __name__ == "__main__":

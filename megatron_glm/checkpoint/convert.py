@@ -1,13 +1,14 @@
 """From one checkpoint format to another, a tensor at a time, through the table."""
 
-import concurrent.futures
 import re
 import resource
 import sys
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -43,15 +44,23 @@ class Source(Protocol):
     ) -> torch.Tensor | QuantizedWeight: ...
 
 
+class _Ahead(NamedTuple):
+    """A tensor that is read ahead, and which of the two memories it or its neighbour takes."""
+
+    tensor: Tensor
+    turn: int
+    reading: Future
+
+
 @dataclass
 class Conversion:
     """How each tensor of a source is changed on its way, and what was seen of it.
 
     dtype: of the result's plain weights. bits, scales: as in `Source`, of the result. progress:
     called with the bytes of each tensor read.
-    Calling it, in the order of `tensors`, reads, checks and converts one tensor, which is good
-    until the next call. Its hash is taken while the caller writes it and reads the next one:
-    matrices take turns in two memories, which cost less time than fresh ones.
+    Calling it, once for each of `tensors` in their order, gives a tensor read, checked and
+    converted, which is good until the next call. While the caller writes it, one thread takes its
+    hash and another reads the next one: matrices take turns in two memories.
     """
 
     source: Source
@@ -63,45 +72,77 @@ class Conversion:
 
     def __post_init__(self):
         self._expected = recorded_hashes(self.source.directory, self.source.iteration)
-        self._thread = concurrent.futures.ThreadPoolExecutor(1)
-        matrices = [t for t in tensors(self.source.settings.dimensions) if len(t.row.shape) == 2]
+        everything = list(tensors(self.source.settings.dimensions))
+        matrices = [tensor for tensor in everything if _is_matrix(tensor)]
         self._turns = (matrices[0::2], matrices[1::2])
-        # Pages that are never touched take no memory.
+        # Fresh memory for each would cost as much time as its hash. These take none before they
+        # are touched.
         self._memories = [
             torch.empty(max(map(self.source_bytes, turn)), dtype=torch.uint8)
             for turn in self._turns
         ]
-        self._turn = 1
-        self._hashing: tuple[list[concurrent.futures.Future], ...] = ([], [])
+        self._unread, self._turn = iter(everything), 1
+        self._ahead: deque[_Ahead] = deque()
+        self._hashing: list[list[Future]] = [[], []]
+        self._reader, self._hasher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     def __call__(self, tensor: Tensor) -> torch.Tensor | QuantizedWeight:
-        memory = None
-        if len(tensor.row.shape) == 2:
-            self._turn = 1 - self._turn
-            self._await_hashes(self._turn)
-            memory = self._memories[self._turn]
-        value = self.source.read(tensor, memory)
-        name = tensor.name(Format.MEGATRON)
-        entry = self.hashes[name] = {}
-        if self._is_kept(value, tensor):
-            hashing = self._thread.submit(self._hash_both, name, value, entry)
-        else:
-            entry["source"] = self._checked(name, digest(value))
-            value = self._convert(name, value, tensor)
-            hashing = self._thread.submit(self._hash_target, value, entry)
-        self._hashing[self._turn].append(hashing)
+        if not self._ahead:
+            self._read_ahead()
+        ahead = self._ahead.popleft()
+        if ahead.tensor != tensor:
+            raise ValueError(f"{tensor} asked for where {ahead.tensor} is due")
+        value, source_hash = ahead.reading.result()
+        entry = self.hashes[tensor.name(Format.MEGATRON)] = {}
+        if source_hash is not None:
+            entry["source"] = source_hash
+        hashing = self._hasher.submit(self._hash, tensor, value, entry)
+        self._hashing[ahead.turn].append(hashing)
+        if _is_matrix(tensor):
+            self._read_ahead()
         self.progress(self.source_bytes(tensor))
         return value
 
     def finish(self) -> None:
         """Waits for the last hashes; CorruptFileError if one is not the recorded one."""
         for turn in (1 - self._turn, self._turn):
-            self._await_hashes(turn)
+            _wait(self._hashing[turn])
 
-    def _await_hashes(self, turn: int) -> None:
-        for hashing in self._hashing[turn]:
-            hashing.result()
-        self._hashing[turn].clear()
+    def _read_ahead(self) -> None:
+        """Starts reading up to the next matrix, into the memory of the one before last. That one
+        was written, and its hash is awaited."""
+        for tensor in self._unread:
+            memory, before = None, []
+            if _is_matrix(tensor):
+                self._turn = 1 - self._turn
+                memory, before = self._memories[self._turn], self._hashing[self._turn]
+                self._hashing[self._turn] = []
+            reading = self._reader.submit(self._read, tensor, memory, before)
+            self._ahead.append(_Ahead(tensor, self._turn, reading))
+            if memory is not None:
+                break
+
+    def _read(
+        self, tensor: Tensor, memory: torch.Tensor | None, before: list[Future]
+    ) -> tuple[torch.Tensor | QuantizedWeight, str | None]:
+        """A tensor as it is to be written, and its hash as it was read, None where nothing
+        changes."""
+        _wait(before)
+        value = self.source.read(tensor, memory)
+        if self._is_kept(value, tensor):
+            return value, None
+        name = tensor.name(Format.MEGATRON)
+        found = self._checked(name, digest(value))
+        # May change the type in place.
+        return self._convert(name, value, tensor), found
+
+    def _hash(
+        self, tensor: Tensor, value: torch.Tensor | QuantizedWeight, entry: dict[str, str]
+    ) -> None:
+        found = digest(value)
+        if "source" not in entry:
+            entry["source"] = self._checked(tensor.name(Format.MEGATRON), found)
+        entry["target"] = found
 
     def source_bytes(self, tensor: Tensor) -> int:
         """Memory that a tensor takes as the source gives it."""
@@ -164,12 +205,6 @@ class Conversion:
             target.copy_(block)
         return result
 
-    def _hash_both(self, name: str, value: torch.Tensor | QuantizedWeight, entry: dict) -> None:
-        entry["source"] = entry["target"] = self._checked(name, digest(value))
-
-    def _hash_target(self, value: torch.Tensor | QuantizedWeight, entry: dict) -> None:
-        entry["target"] = digest(value)
-
     def _checked(self, name: str, found: str) -> str:
         if self._expected.get(name, found) != found:
             raise CorruptFileError(
@@ -178,6 +213,15 @@ class Conversion:
                 "exchanged; fetch it again, or remove conversion.json if the change was meant"
             )
         return found
+
+
+def _is_matrix(tensor: Tensor) -> bool:
+    return len(tensor.row.shape) == 2
+
+
+def _wait(futures: list[Future]) -> None:
+    for future in futures:
+        future.result()
 
 
 def resident_bytes() -> int:

@@ -104,6 +104,25 @@ def test_no_tensor_is_hashed_after_another_took_its_memory(options, monkeypatch)
         assert expected[name]["source"] == sha256(weight)
 
 
+def test_what_is_read_ahead_leaves_the_tensor_in_hand_alone():
+    source = MemorySource()
+    conversion = Conversion(source, torch.float16)
+    for tensor in tensors(SMALL):
+        value = conversion(tensor)
+        time.sleep(0.005)
+        assert torch.equal(value, source.weights[tensor.name(Format.MEGATRON)])
+    conversion.finish()
+
+
+def test_tensors_are_asked_for_in_the_order_of_the_table():
+    conversion = Conversion(MemorySource(), torch.float16)
+    first, second, *_ = tensors(SMALL)
+    conversion(first)
+    conversion(second)
+    with pytest.raises(ValueError, match="asked for where"):
+        conversion(second)
+
+
 def test_hashes_of_an_earlier_conversion_are_checked(tmp_path):
     source = MemorySource()
     _, hashes = run(source, dtype=torch.float16)
