@@ -4,8 +4,6 @@ Two that do, as when a job is queued again while it still runs, each overwrite t
 checkpoints, and what is left is a mixture of both.
 """
 
-import fcntl
-import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -14,8 +12,7 @@ from datetime import datetime
 from pathlib import Path
 
 from megatron_glm.errors import GLMError
-
-logger = logging.getLogger(__name__)
+from megatron_glm.file_lock import take_lock
 
 LOCK = "run.lock"
 
@@ -38,18 +35,12 @@ def saving_alone(directory: str | Path | None, rank: int) -> Iterator[None]:
     path = Path(directory, LOCK)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
-        try:
-            # A record lock, unlike flock, is not inherited by workers that outlive a killed run.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
+        if not take_lock(file):
             file.seek(0)
             raise SaveLockError(
                 f"--save {directory}: another run saves there ({file.read().strip()}); wait for "
                 "its end, or give another directory"
-            ) from error
-        except OSError as error:
-            logger.warning("%s: cannot be locked (%s), so that nothing keeps another run from "
-                           "saving there too", path, error)
+            )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}, "
                    f"since {datetime.now().isoformat(' ', 'seconds')}\n")

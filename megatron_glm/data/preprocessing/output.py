@@ -6,7 +6,6 @@ the files back to those lengths and goes on with the next block. Blocks are appe
 of the inputs, so the result does not depend on workers, interruptions or speed.
 """
 
-import fcntl
 import io
 import json
 import os
@@ -25,6 +24,7 @@ from megatron_glm.data.preprocessing.encoding import EncodedBlock
 from megatron_glm.data.preprocessing.inputs import InputFile, InputHash
 from megatron_glm.data.preprocessing.snapshot import Snapshot, replace_json
 from megatron_glm.errors import GLMError
+from megatron_glm.file_lock import take_lock
 
 REJECTS = "rejects.jsonl"
 STATE = "state.json"
@@ -100,14 +100,11 @@ class Output:
                 self._open_streams()
 
     def _take_lock(self) -> None:
-        # A record lock, unlike flock, is not inherited by workers that outlive a killed run.
         self._lock = (self.folder / LOCK).open("w")
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        if not take_lock(self._lock):
             raise GLMError(
                 f"--output-prefix {self.prefix}: another process is writing it; wait for its end"
-            ) from error
+            )
 
     def _restore_or_refuse(self) -> None:
         if (self.folder / STATE).exists():
