@@ -10,7 +10,7 @@ from tests.planning.simulated_rank import simulate
 NONE = Overheads(cuda_context=0, nccl=0, cublas_workspace=0, fragmentation=0.0)
 # The optimizer is not simulated; without gradients in fp32 its step would be the worst moment.
 PLAIN = {
-    "use_distributed_optimizer": False, "data_parallel_size": 1, "global_batch_size": 10,
+    "use_distributed_optimizer": False, "data_parallel_size": 1, "global_batch_size": 8,
     "accumulate_allreduce_grads_in_fp32": True,
 }  # fmt: skip
 
@@ -32,7 +32,7 @@ def compare(job, stage, tolerance):
         (3, FULL | {"sequence_parallel": True}),
         (7, FULL),
         (1, {"recompute_granularity": None}),
-        (6, {"recompute_granularity": None, "glm_fused_kernels": False}),
+        (6, {"recompute_granularity": None, "glm_fused_kernels": False, "global_batch_size": 4}),
     ],
 )
 def test_a_rank_of_glm_130b_takes_what_is_forecast(stage, changes):
@@ -58,7 +58,7 @@ SMALL_DEEP = SMALL.with_(
         (0, {"pipeline_model_parallel_size": 3, "virtual_pipeline_model_parallel_size": 2}),
         (2, {"pipeline_model_parallel_size": 3, "virtual_pipeline_model_parallel_size": 2}),
         (0, {"recompute_granularity": "selective", "recompute_modules": ("mlp",)}),
-        (0, {"glm_fused_kernels": False}),
+        (0, {"glm_fused_kernels": False, "num_layers": 2, "global_batch_size": 2}),
         (1, {"glm_fused_kernels": False, "pipeline_model_parallel_size": 3, **FULL}),
     ],
 )

@@ -80,9 +80,9 @@ def test_the_papers_way_of_counting_gives_the_same():
 def test_the_visible_share_is_that_of_real_batches(tmp_path, gpt_prob):
     text = write_documents(tmp_path / "text", random_documents(0, 100, 800))
     config = make_config(text, gpt_prob=gpt_prob, short_seq_prob=0.0, single_span_prob=0.0)
-    train = train_valid_test_datasets(config, [300, 0, 0], lambda: True)[0]
+    train = train_valid_test_datasets(config, [200, 0, 0], lambda: True)[0]
     shares = []
-    for index in range(150):
+    for index in range(100):
         batch = train[index]
         samples = make_samples(
             torch.as_tensor(batch["context_lengths"])[None],
