@@ -40,6 +40,11 @@ class Codec(ABC):
     def decode_text(self, ids: Sequence[int]) -> str:
         """Text of ids among which there is no special token."""
 
+    @abstractmethod
+    def serialize(self) -> bytes:
+        """A file of the library behind it, a tokenizer.json or a SentencePiece model, that holds
+        the special tokens too."""
+
     @property
     @abstractmethod
     def vocab(self) -> dict[str, int]:

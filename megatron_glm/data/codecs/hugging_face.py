@@ -56,6 +56,9 @@ class HuggingFaceCodec(Codec):
     def decode_text(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False) if ids else ""
 
+    def serialize(self) -> bytes:
+        return self._tokenizer.to_str().encode()
+
     @property
     def vocab(self) -> dict[str, int]:
         return self._tokenizer.get_vocab(with_added_tokens=True)

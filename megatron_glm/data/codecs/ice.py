@@ -106,6 +106,9 @@ class IceCodec(Codec):
                 text = text.replace(token, run)
         return text
 
+    def serialize(self) -> bytes:
+        return self._processor.serialized_model_proto()
+
     @property
     def vocab(self) -> dict[str, int]:
         return self._vocab

@@ -68,6 +68,9 @@ class SentencePieceCodec(Codec):
     def decode_text(self, ids: Sequence[int]) -> str:
         return self._processor.decode(list(ids)) if ids else ""
 
+    def serialize(self) -> bytes:
+        return self._processor.serialized_model_proto()
+
     @property
     def vocab(self) -> dict[str, int]:
         return self._vocab
