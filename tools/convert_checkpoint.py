@@ -38,7 +38,7 @@ from megatron_glm.checkpoint.settings import ANGLE_DTYPES, Settings  # noqa: E40
 from megatron_glm.checkpoint.staging import staged_directory  # noqa: E402
 from megatron_glm.checkpoint.table import Format, tensors  # noqa: E402
 from megatron_glm.checkpoint.target import Request, plan_target  # noqa: E402
-from megatron_glm.checkpoint.tokenizer_export import export_tokenizer  # noqa: E402
+from megatron_glm.checkpoint.tokenizer_export import export_tokenizer, read_tokenizer  # noqa: E402
 from megatron_glm.errors import GLMError  # noqa: E402
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -134,9 +134,14 @@ def result_settings(args: argparse.Namespace, source: Source, fingerprint: dict 
     )
 
 
-def load_tokenizer(args: argparse.Namespace) -> tuple[ExportedTokenizer | None, dict | None]:
-    """What an export needs of --tokenizer-model, and its fingerprint; None without the flag."""
+def load_tokenizer(
+    args: argparse.Namespace, source: Source
+) -> tuple[ExportedTokenizer | None, dict | None]:
+    """What an export needs of --tokenizer-model, and its fingerprint; without the flag, what a
+    source carries to a target of its kind."""
     if args.tokenizer_model is None:
+        if args.source == args.target == Format.HUGGING_FACE.value:
+            return read_tokenizer(args.load, source.settings.dimensions.vocab_size), None
         return None, None
     from megatron_glm.data.codecs import build_codec
 
@@ -147,7 +152,7 @@ def load_tokenizer(args: argparse.Namespace) -> tuple[ExportedTokenizer | None, 
 def convert(args: argparse.Namespace) -> None:
     """Runs one conversion from beginning to end."""
     source = open_source(args)
-    tokenizer, fingerprint = load_tokenizer(args)
+    tokenizer, fingerprint = load_tokenizer(args, source)
     settings = result_settings(args, source, fingerprint)
     request = Request(
         Format(args.target), args.target_tp, args.quantization_bit_width,

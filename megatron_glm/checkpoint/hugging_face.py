@@ -45,7 +45,7 @@ class HuggingFaceCheckpoint:
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
-        config = _read_json(self.directory / "config.json")
+        config = read_json(self.directory / "config.json")
         if config.get("model_type") != MODEL_TYPE:
             raise CheckpointError(
                 f"{self.directory}/config.json: model_type {config.get('model_type')!r}; only "
@@ -94,7 +94,7 @@ class HuggingFaceCheckpoint:
         )
 
     def _open(self) -> dict[str, StoredTensor]:
-        weight_map = _read_json(self.directory / INDEX).get("weight_map")
+        weight_map = read_json(self.directory / INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CorruptFileError(f"{self.directory / INDEX}: has no weight_map")
         files: dict[str, dict[str, StoredTensor]] = {}
@@ -158,7 +158,8 @@ class HuggingFaceCheckpoint:
         ]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. CheckpointError where there is no file, CorruptFileError for anything else."""
     try:
         content = json.loads(path.read_text())
     except OSError as error:

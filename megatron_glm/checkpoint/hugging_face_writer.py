@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import torch
 
 from megatron_glm.checkpoint.compressed_tensors import linear_names, pack, quantization_config
 from megatron_glm.checkpoint.errors import ShapeError
+from megatron_glm.checkpoint.model_card import model_card
 from megatron_glm.checkpoint.quantization import QuantizedWeight
 from megatron_glm.checkpoint.reference import LAYERNORM_EPSILON, ROTARY_BASE
 from megatron_glm.checkpoint.safetensors_file import SafetensorsWriter
@@ -29,7 +31,10 @@ SHARD_BYTES = 5_000_000_000
 INDEX = "model.safetensors.index.json"
 _CODE = "megatron_glm.checkpoint.hugging_face_model"
 _MODEL_FILES = ("configuration_megatron_glm.py", "modeling_megatron_glm.py")
-_TOKENIZER_FILE = "tokenization_megatron_glm.py"
+_TOKENIZER_CODE = "tokenization_megatron_glm.py"
+TOKENIZER_CLASS = "MegatronGLMTokenizer"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_MODEL = "glm_text.model"
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,12 @@ class ExportedTokenizer:
     kind: str
     special_ids: dict[str, int]
     options: dict[str, Any]
+
+    @property
+    def sha256(self) -> str:
+        """Differs where anything of it does."""
+        rest = json.dumps([self.kind, self.special_ids, self.options], sort_keys=True)
+        return hashlib.sha256(rest.encode() + self.model).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -98,7 +109,11 @@ class HuggingFaceWriter:
                     self._write_tensor(file, tensor, read(tensor))
         total = sum(spec.num_bytes for specs in self._specs.values() for spec in specs.values())
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        _write_json(folder / "config.json", self._config())
+        config = self._config()
+        _write_json(folder / "config.json", config)
+        bits = self.quantization and self.quantization.bits
+        kind = self.tokenizer and self.tokenizer.kind
+        (folder / "README.md").write_text(model_card(config["dtype"], bits, kind))
         for name in _MODEL_FILES:
             _copy_code(name, folder)
         if self.tokenizer is not None:
@@ -190,14 +205,14 @@ class HuggingFaceWriter:
         return config
 
     def _write_tokenizer(self, folder: Path, tokenizer: ExportedTokenizer) -> None:
-        (folder / "glm_text.model").write_bytes(tokenizer.model)
-        _copy_code(_TOKENIZER_FILE, folder)
-        name = "MegatronGLMTokenizer"
+        (folder / TOKENIZER_MODEL).write_bytes(tokenizer.model)
+        _copy_code(_TOKENIZER_CODE, folder)
+        code = f"{Path(_TOKENIZER_CODE).stem}.{TOKENIZER_CLASS}"
         _write_json(
-            folder / "tokenizer_config.json",
+            folder / TOKENIZER_CONFIG,
             {
-                "tokenizer_class": name,
-                "auto_map": {"AutoTokenizer": [f"{Path(_TOKENIZER_FILE).stem}.{name}", None]},
+                "tokenizer_class": TOKENIZER_CLASS,
+                "auto_map": {"AutoTokenizer": [code, None]},
                 "kind": tokenizer.kind,
                 "special_ids": tokenizer.special_ids,
                 "options": tokenizer.options,

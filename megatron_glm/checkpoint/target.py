@@ -137,7 +137,11 @@ def _hugging_face(request, source, settings, tokenizer, dtype, bits) -> Target:
             bits, {k: columns[k] // n if n > 1 else None for k, n in scales.items()}
         )
     writer = HuggingFaceWriter(settings, dtype, quantization, tokenizer)
-    description = {"quantization_group_size": request.quantization_group_size} if bits else {}
+    description: dict[str, Any] = {}
+    if bits:
+        description["quantization_group_size"] = request.quantization_group_size
+    if tokenizer is not None:
+        description["tokenizer_sha256"] = tokenizer.sha256
     return Target(
         writer.write, writer.num_bytes, dtype, bits, scales,
         _describe(Format.HUGGING_FACE, dtype, bits, description),

@@ -14,16 +14,21 @@ import pytest
 import torch
 
 from megatron_glm.checkpoint.formats import open_checkpoint
+from megatron_glm.checkpoint.hugging_face_writer import ExportedTokenizer
+from megatron_glm.checkpoint.tokenizer_export import read_tokenizer
 from tests.checkpoint.building import (
     GOLDEN_SAT,
+    SPECIAL_IDS,
     MemorySource,
     assert_same_bits,
     read_all,
+    write_hugging_face,
     write_sat,
 )
 from tools import convert_checkpoint
 
 COUNT = int(os.environ.get("GLM_MUTATIONS", "60"))
+TOKENIZER = ExportedTokenizer(b"a model of words" * 100, "tokenizers", SPECIAL_IDS, {})
 # A refusal, not a fault of the program.
 REFUSED = 2
 
@@ -42,14 +47,15 @@ def originals(tmp_path_factory) -> dict[str, tuple[str, Path]]:
     """Checkpoints by name: their format and folder, as the tool writes them or as released."""
     folder = tmp_path_factory.mktemp("originals")
     plain = write_sat(folder / "plain", MemorySource(), 2)
+    with_tokenizer = write_hugging_face(folder / "with tokenizer", MemorySource(), TOKENIZER)
     made = {"released": ("sat", GOLDEN_SAT[2]), "plain sat": ("sat", plain)}
-    for name, fmt, more in (
-        ("sat int4", "sat", ["--quantization-bit-width", "4"]),
-        ("hf", "hf", []),
-        ("hf int8", "hf", ["--quantization-bit-width", "8"]),
-        ("megatron", "megatron", []),
+    for name, source, load, fmt, more in (
+        ("sat int4", "sat", plain, "sat", ["--quantization-bit-width", "4"]),
+        ("hf", "hf", with_tokenizer, "hf", []),
+        ("hf int8", "sat", plain, "hf", ["--quantization-bit-width", "8"]),
+        ("megatron", "sat", plain, "megatron", []),
     ):
-        assert run_tool("sat", fmt, plain, folder / name, *more) == 0
+        assert run_tool(source, fmt, load, folder / name, *more) == 0
         made[name] = (fmt, folder / name)
     return made
 
@@ -188,6 +194,7 @@ def test_no_damage_gets_through(originals, tmp_path, capsys):
         else:
             found = read_all(open_checkpoint(save))
             assert_weights_same(found, expected[name], what)
+            assert read_tokenizer(save, 64) == read_tokenizer(original, 64), what
             outcomes["harmless"] += 1
         assert sorted(path.name for path in tmp_path.iterdir()) == (
             ["damaged"] if status else ["damaged", "result"]

@@ -1,13 +1,21 @@
 """The tokenizer that an export carries against the one that training uses."""
 
+import json
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_glm.checkpoint.tokenizer_export import export_tokenizer
+from megatron_glm.checkpoint.errors import CheckpointError
+from megatron_glm.checkpoint.hugging_face_writer import ExportedTokenizer
+from megatron_glm.checkpoint.tokenizer_export import export_tokenizer, read_tokenizer
 from megatron_glm.data.codecs import build_codec
-from tests.checkpoint.building import MemorySource, remote_code_in, write_hugging_face
+from tests.checkpoint.building import (
+    SPECIAL_IDS,
+    MemorySource,
+    remote_code_in,
+    write_hugging_face,
+)
 from tests.data.codecs.models import CHINESE, bpe, ice_text_model, sentence_piece
 
 KINDS = {
@@ -90,3 +98,57 @@ def test_a_saved_tokenizer_is_the_same(pair, tmp_path):
     for text in (*TEXTS, "a [MASK] b"):
         assert again(text).input_ids == tokenizer(text).input_ids
     assert Path(again.vocab_file).name == "glm_text.model"
+
+
+def test_an_export_gives_its_tokenizer_back(pair):
+    codec, tokenizer = pair
+    folder = Path(tokenizer.vocab_file).parent
+    assert read_tokenizer(folder, codec.vocab_size) == export_tokenizer(codec)
+
+
+CARRIED = ExportedTokenizer(b"model", "tokenizers", SPECIAL_IDS, {})
+
+
+def test_an_export_without_a_tokenizer_gives_none(tmp_path):
+    assert read_tokenizer(write_hugging_face(tmp_path / "hf", MemorySource()), 64) is None
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda c: c.update(kind="pickle"), "kind 'pickle'"),
+        (lambda c: c.update(kind=[]), "kind \\[\\]"),
+        (lambda c: c.update(kind="sentencepiece"), "with options {}"),
+        (lambda c: c.update(kind="sentencepiece", options={
+            "offset": "0", "whitespace": True, "newlines": True}), "offset is '0', not int"),
+        (lambda c: c.pop("special_ids"), "special_ids must give"),
+        (lambda c: c["special_ids"].pop("<sop>"), "special_ids must give"),
+        (lambda c: c["special_ids"].update({"<sop>": 64}), "ids below 64"),
+        (lambda c: c["special_ids"].update({"<sop>": True}), "ids below 64"),
+        (lambda c: c["special_ids"].update({"<sop>": 57}), "not what conversion.json recorded"),
+        (lambda c: c.pop("tokenizer_class"), "which conversion.json recorded"),
+    ],
+)  # fmt: skip
+def test_a_damaged_tokenizer_is_refused(tmp_path, change, message):
+    folder = write_hugging_face(tmp_path / "hf", MemorySource(), CARRIED)
+    record = {"target": {"tokenizer_sha256": CARRIED.sha256}, "settings": {}, "tensors": {}}
+    (folder / "conversion.json").write_text(json.dumps(record))
+    assert read_tokenizer(folder, 64) == CARRIED
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"tokenizer_config.json: .*{message}"):
+        read_tokenizer(folder, 64)
+
+
+def test_another_or_a_missing_tokenizer_model_is_refused(tmp_path):
+    folder = write_hugging_face(tmp_path / "hf", MemorySource(), CARRIED)
+    record = {"target": {"tokenizer_sha256": CARRIED.sha256}, "settings": {}, "tensors": {}}
+    (folder / "conversion.json").write_text(json.dumps(record))
+    (folder / "glm_text.model").write_bytes(b"modem")
+    with pytest.raises(CheckpointError, match="glm_text.model is not what conversion.json"):
+        read_tokenizer(folder, 64)
+    (folder / "glm_text.model").unlink()
+    with pytest.raises(CheckpointError, match="glm_text.model: cannot be read"):
+        read_tokenizer(folder, 64)

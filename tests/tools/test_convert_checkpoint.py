@@ -93,6 +93,23 @@ def test_flags_complete_the_settings_that_a_format_lacks(tmp_path):
     assert open_checkpoint(tmp_path / "c").settings == settings
 
 
+def test_an_export_hands_its_tokenizer_on(tmp_path, capsys):
+    bpe(vocab_size=290).save(str(tmp_path / "tokenizer.json"))
+    load = write_sat(tmp_path / "a", MemorySource(Dimensions(1, 64, 128, 8, 320)))
+    convert("sat", "hf", load, tmp_path / "b", "--tokenizer-type", "HuggingFaceTokenizer",
+            "--tokenizer-model", tmp_path / "tokenizer.json")  # fmt: skip
+    code = tmp_path / "b" / "tokenization_megatron_glm.py"
+    written = code.read_text()
+    code.write_text("raise SystemExit  # somebody else's")
+    convert("hf", "hf", tmp_path / "b", tmp_path / "c", "--quantization-bit-width", "8")
+    for name in ("glm_text.model", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "c" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert (tmp_path / "c" / code.name).read_text() == written
+    before, after = (json.loads((tmp_path / x / "config.json").read_text()) for x in "bc")
+    assert after.pop("quantization_config") and after == before
+    assert "no tokenizer" not in capsys.readouterr().err
+
+
 def test_another_tokenizer_than_that_of_the_run_is_refused(tmp_path, capsys):
     bpe(vocab_size=290).save(str(tmp_path / "tokenizer.json"))
     tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer",
