@@ -27,8 +27,8 @@ def exit_with_one_line(
     the error: a GLMError, or an OSError that names a file. Ctrl-C ends it with 130, and quietly
     with 141 where the reader of standard output has gone, as `head` does.
 
-    more: exceptions beside these, for example of a library that checks flags by assertions. rank:
-    of this process in a run. after_interrupt: what to do after Ctrl-C.
+    more: exceptions beside these, by which a library refuses flags: alike on every rank. rank: of
+    this process in a run. after_interrupt: what to do after Ctrl-C.
     """
     program = os.path.basename(sys.argv[0])
     try:
@@ -49,7 +49,7 @@ def exit_with_one_line(
             raise
         if rank == 0:
             print(f"{program}: error: {message}", file=sys.stderr, flush=True)
-        elif not getattr(error, "is_everywhere", False):
+        elif not getattr(error, "is_everywhere", isinstance(error, more)):
             print(f"rank {rank}: {program}: error: {message}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
 

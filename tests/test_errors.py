@@ -58,6 +58,9 @@ def test_a_rank_that_fails_alone_is_heard_and_flags_are_spoken_of_once(capsys):
     error = GLMError("data.bin: no such file")
     assert ending(capsys, error, rank=5) == (2, "rank 5: tool.py: error: data.bin: no such file\n")
     assert ending(capsys, FlagError("--swiglu: drop it"), rank=5) == (2, "")
+    with pytest.raises(SystemExit), exit_with_one_line(AssertionError, rank=5):
+        raise AssertionError("batch sizes do not fit")
+    assert capsys.readouterr().err == ""
 
 
 def test_an_assertion_without_words_shows_what_it_asserted(capsys, tmp_path):

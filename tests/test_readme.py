@@ -11,7 +11,7 @@ from megatron.training.arguments import parse_args
 
 from megatron_glm.arguments import add_glm_arguments, check_flags
 from megatron_glm.presets import PRESETS
-from tools import update_readme
+from tools import convert_checkpoint, generate, update_readme, verify_checkpoint
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -48,6 +48,21 @@ def test_tools_know_the_flags_that_they_are_given(program):
     for words in commands_with(program):
         for flag in (word for word in words if word.startswith("--")):
             assert re.search(rf"{flag}\b", known), f"{program} has no {flag}"
+
+
+@pytest.mark.parametrize("tool", [convert_checkpoint, verify_checkpoint, generate],
+                         ids=lambda tool: Path(tool.__file__).stem)  # fmt: skip
+def test_commands_on_checkpoints_parse(tool):
+    program = f"tools/{Path(tool.__file__).name}"
+    for words in commands_with(program):
+        tool.parse_args(words[words.index(program) + 1 :])
+
+
+def test_pictures_exist_and_are_small():
+    pictures = re.findall(r"!\[.+?\]\((.+?)\)", README)
+    assert pictures
+    for picture in pictures:
+        assert (ROOT / picture).stat().st_size < 60_000
 
 
 def test_make_targets_exist():

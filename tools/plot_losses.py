@@ -43,7 +43,7 @@ def draw(train: dict, valid: dict, baseline: dict[str, float], output: Path) -> 
     axes.set_ylabel("loss, nats per token")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(output, dpi=120)
+    figure.savefig(output, dpi=100)
     plt.close(figure)
 
 
