@@ -13,6 +13,7 @@ import re
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import wraps
+from pathlib import Path
 from typing import NamedTuple
 
 from megatron_glm.errors import GLMError
@@ -94,11 +95,15 @@ def compare_settings(saved: dict, current: dict, checkpoint: str) -> None:
 def check_checkpoints(args: Namespace) -> None:
     """Compares this run's settings with those of the checkpoints that it would load.
 
-    CheckpointMismatchError where they differ, and where --save already holds a run that --load
-    does not continue, which would be overwritten checkpoint by checkpoint.
+    CheckpointMismatchError where they differ, where --save already holds a run that --load does not
+    continue, which would be overwritten checkpoint by checkpoint, and where the file is lost that
+    names the latest checkpoint: Megatron would start anew.
     """
     from megatron.training.checkpointing import checkpoint_exists
 
+    for flag, directory in (("--load", args.load), ("--save", args.save)):
+        if directory is not None and not checkpoint_exists(directory):
+            _refuse_lost_tracker(flag, directory)
     for directory in (args.load, args.pretrained_checkpoint):
         if directory is not None and checkpoint_exists(directory):
             _check_checkpoint(args, directory)
@@ -150,6 +155,19 @@ def check_samples_left(args: Namespace, train_samples: int) -> None:
             "of this run already; raise --train-iters or --train-samples to go on (with "
             "--override-opt-param-scheduler, where that makes the schedule longer too), or pass "
             "--skip-train to evaluate it"
+        )
+
+
+def _refuse_lost_tracker(flag: str, directory: str) -> None:
+    # The last file of a checkpoint to be written: one without it does not count.
+    whole = [path.parent.name for path in Path(directory).glob("iter_*/metadata.json")]
+    if whole:
+        iteration = max(whole).removeprefix("iter_").lstrip("0")
+        raise CheckpointMismatchError(
+            f"{flag} {directory} holds checkpoints up to {max(whole)}, but not the file that names "
+            "the latest, so that the run would start anew and overwrite them: go on by `echo "
+            f"{iteration} >{directory}/latest_checkpointed_iteration.txt`, or give another "
+            "directory"
         )
 
 

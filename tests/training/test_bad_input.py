@@ -154,6 +154,19 @@ def test_a_directory_that_another_run_saves_into(corpus, tmp_path):
         assert "another run saves there" in refused(*corpus.flags, "--save", str(tmp_path))
 
 
+@pytest.mark.parametrize("flags", [["--load", "{}", "--save", "{}"], ["--save", "{}"]], ids=len)
+def test_checkpoints_without_the_file_that_names_the_latest(corpus, checkpoint, tmp_path, flags):
+    run = shutil.copytree(checkpoint, tmp_path / "run")
+    tracker = run / "latest_checkpointed_iteration.txt"
+    tracker.unlink()
+    message = refused(*corpus.flags, *(flag.format(run) for flag in flags))
+    assert f"{run} holds checkpoints up to iter_0000003" in message
+    assert f"`echo 3 >{tracker}`" in message
+    # One that was never finished is no checkpoint.
+    (run / "iter_0000003" / "metadata.json").unlink()
+    pretrain([*TINY, *corpus.flags, "--train-iters", "3", "--load", str(run)])
+
+
 def test_checkpoint_of_another_program(corpus, tmp_path):
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
     message = refused(*corpus.flags, "--load", str(tmp_path))
