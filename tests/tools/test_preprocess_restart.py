@@ -102,6 +102,23 @@ def wait_for(condition, seconds=30):
         time.sleep(0.05)
 
 
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+@pytest.mark.parametrize("is_deleted", [True, False])
+def test_finished_work_that_is_lost_is_not_called_complete(
+    tool, tmp_path, texts, suffix, is_deleted
+):
+    argv = ["--input", write_jsonl(tmp_path / "a.jsonl", texts)]
+    assert tool(*argv).code == 0
+    before = output_files(tmp_path)
+    lost = tmp_path / f"out_text_document{suffix}"
+    lost.unlink() if is_deleted else lost.write_bytes(before[lost.name][:-10])
+    result = tool(*argv)
+    assert result.code == 2
+    assert f"{lost}: " in result.output and "--overwrite" in result.output
+    assert tool(*argv, "--overwrite").code == 0
+    assert output_files(tmp_path) == before
+
+
 def test_killed_run_leaves_no_worker_behind_and_no_lock(tool, tmp_path, model, texts):
     argv = ["--input", write_jsonl(tmp_path / "a.jsonl", texts)]
     process = forked.start(TOOL, arguments(tmp_path, model, argv), tmp_path / "log", encode_slowly)

@@ -18,7 +18,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_glm.data.codecs import Codec
-from megatron_glm.data.indexed import checksums_path, ends_crc32_of, write_index
+from megatron_glm.data.indexed import (
+    IndexedDatasetError,
+    check_indexed_dataset,
+    checksums_path,
+    ends_crc32_of,
+    write_index,
+)
 from megatron_glm.data.preprocessing.blocks import Cursor
 from megatron_glm.data.preprocessing.encoding import EncodedBlock
 from megatron_glm.data.preprocessing.inputs import InputFile, InputHash
@@ -72,13 +78,25 @@ class Output:
     # -- starting and going on
 
     def is_complete(self) -> bool:
-        """Whether this very run has already been finished; tidies up behind it."""
+        """Whether this very run has already been finished; tidies up behind it.
+
+        GLMError where its datasets are missing or damaged by now.
+        """
         if not self.summary_path.exists():
             return False
         summary = json.loads(self.summary_path.read_text())
         consumed = InputHash().update_all(self.files).hexdigest()
         if summary["settings"] != self.settings or summary["inputs_sha256"] != consumed:
             return False
+        try:
+            for target in self.targets.values():
+                check_indexed_dataset(target)
+        except IndexedDatasetError as error:
+            fault = str(error).partition("; ")[0]
+            raise GLMError(
+                f"{self.summary_path} tells of a finished run, but {fault}; make the data again "
+                "with --overwrite"
+            ) from error
         shutil.rmtree(self.folder, ignore_errors=True)
         return True
 
