@@ -1,6 +1,6 @@
 """Compare the held-out loss of a run with a unigram model's; exit with 1 where it is not below.
 
-    tools/compare_baseline.py LOG --baseline baseline.json
+    python tools/compare_baseline.py LOG --baseline baseline.json
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Shows what a model is trained on: one sequence taken apart, or statistics of many.
 
-    tools/explain_sample.py --index 7 <the flags of pretrain_glm.py>
-    tools/explain_sample.py --index 7 --run CHECKPOINT_DIRECTORY
-    tools/explain_sample.py --stats 1000 --json --run CHECKPOINT_DIRECTORY
+    python tools/explain_sample.py --index 7 <the flags of pretrain_glm.py>
+    python tools/explain_sample.py --index 7 --run CHECKPOINT_DIRECTORY
+    python tools/explain_sample.py --stats 1000 --json --run CHECKPOINT_DIRECTORY
 
 Of the flags only those of the data matter: --data-path and its kin, --seq-length, --split, --seed,
 --tokenizer-type, --tokenizer-model and GLM's flags of data and objective. --run takes all of them

@@ -1,6 +1,6 @@
 """Gather English text that is already on any machine with Python: documentation.
 
-    tools/gather_text.py --output-dir DIR
+    python tools/gather_text.py --output-dir DIR
 
 Takes the documentation strings of every module, the README in each package's metadata, and the
 .rst, .md and .txt files of the standard library and the installed packages. Leaves out licences,

@@ -1,6 +1,6 @@
 """Measure the loss of a unigram model on the held-out targets of a run: what a model must beat.
 
-    tools/measure_unigram.py --output baseline.json FLAGS-OF-THE-RUN
+    python tools/measure_unigram.py --output baseline.json FLAGS-OF-THE-RUN
 
 FLAGS-OF-THE-RUN are those of pretrain_glm.py, so the targets are its own: the same blanks in the
 same text, <eop> included. The unigram model knows how often each token is a target in training and

@@ -1,7 +1,7 @@
 """Says what a training command will take on a cluster: memory, bubble, step time, days.
 
-    tools/plan_run.py --gpu H200 --nodes 96 <the flags of pretrain_glm.py>
-    tools/plan_run.py --gpu A100-80G --nodes 4 --search --global-batch-size 1024 <flags of a model>
+    python tools/plan_run.py --gpu H200 --nodes 96 <the flags of pretrain_glm.py>
+    python tools/plan_run.py --gpu A100-80G --nodes 4 --search --global-batch-size 1024 <flags>
 
 Needs no GPU. The second form finds the fastest layouts that fit, whatever layout the flags have.
 Memory follows Megatron's own code to within some MiB; time is operations and bytes by published

@@ -1,6 +1,6 @@
 """Draw the losses of a run, by objective, from its log.
 
-    tools/plot_losses.py LOG --output losses.png [--baseline baseline.json]
+    python tools/plot_losses.py LOG --output losses.png [--baseline baseline.json]
 """
 
 import argparse

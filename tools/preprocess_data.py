@@ -1,11 +1,12 @@
 """Turn files of text into Megatron's indexed datasets.
 
-    tools/preprocess_data.py --input FILE|FOLDER|GLOB ... --output-prefix PREFIX \\
+    python tools/preprocess_data.py --input FILE|FOLDER|GLOB ... --output-prefix PREFIX \\
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer.json [--append-eod]
 
-Writes PREFIX_<key>_document.{bin,idx} for each of --json-keys, with .tokenizer.json (which training
-compares) and .checksums.json beside them; with --split-sentences the names end in _sentence. Killed
-at any moment, the same command goes on where it was and ends with the same bytes.
+Writes PREFIX_<key>_document.{bin,idx} for each of --json-keys (inputs and targets for instruction
+data), with .tokenizer.json and .checksums.json, which training compares, beside them; with
+--split-sentences the names end in _sentence. Killed at any moment, the same command goes on where
+it was and ends with the same bytes.
 """
 
 import argparse
@@ -19,9 +20,9 @@ from tqdm import tqdm
 
 from megatron_glm.data.codecs import CODECS, TEXT_SCHEMES, build_codec
 from megatron_glm.data.preprocessing.encoding import Encoder
-from megatron_glm.data.preprocessing.inputs import FORMATS, InputFile, find_inputs
+from megatron_glm.data.preprocessing.inputs import InputFile, add_input_flags, find_inputs
 from megatron_glm.data.preprocessing.output import REJECTS, Output
-from megatron_glm.data.preprocessing.run import run
+from megatron_glm.data.preprocessing.run import num_processors, run
 from megatron_glm.data.preprocessing.snapshot import Snapshot
 from megatron_glm.errors import GLMError, exit_with_one_line
 
@@ -31,39 +32,33 @@ tqdm.monitor_interval = 0
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
-        epilog=__doc__.split("\n\n", 2)[2],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     group = parser.add_argument_group("input")
-    group.add_argument("--input", nargs="+", required=True,
-                       help="files, folders and globs; .gz and .zst are decompressed")
-    group.add_argument("--input-format", choices=FORMATS,
-                       help="format of all inputs, whatever their suffix")
-    group.add_argument("--json-keys", nargs="+", default=["text"],
-                       help="keys (or parquet columns) to take, one dataset each; for instruction "
-                            "data: inputs targets")
+    add_input_flags(group)
     group.add_argument("--text-documents", choices=("file", "blank-line"), default="file",
-                       help="plain text: a document is a whole file, or ends at a blank line")
+                       help="plain text: a document is a whole file (default), or ends at a blank "
+                            "line")
     group.add_argument("--split-sentences", action="store_true",
                        help="make every sentence a sequence of its own")
     group.add_argument("--max-rejects", type=int, default=0,
-                       help="bad documents to leave out before giving up")
+                       help="bad documents to leave out before giving up; default: 0")
     group = parser.add_argument_group("tokenizer")
     group.add_argument("--tokenizer-type", choices=list(CODECS), required=True)
     group.add_argument("--tokenizer-model", required=True, help="tokenizer.json or .model file")
     group.add_argument("--text-scheme", choices=TEXT_SCHEMES,
-                       help="IceTokenizer: collapse white space, or give it tokens")
+                       help="IceTokenizer: collapse white space (default), or give it tokens")
     group.add_argument("--append-eod", action="store_true", help="end every document with <eod>")
     group = parser.add_argument_group("output")
     group.add_argument("--output-prefix", required=True, help="path without suffix")
     group.add_argument("--overwrite", action="store_true",
                        help="delete what a finished or other run has left under this prefix")
     group = parser.add_argument_group("run")
-    group.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    group.add_argument("--workers", type=int, default=num_processors(),
+                       help="processes; default: as many as processors")
     group.add_argument("--checkpoint-seconds", type=float, default=5.0,
-                       help="seconds of work that a kill may cost")
+                       help="seconds of work that a kill may cost; default: 5")
     return parser.parse_args()
 
 

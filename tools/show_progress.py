@@ -1,6 +1,7 @@
 """Keep a run's log and show its progress: a short table instead of everything that is logged.
 
-    torchrun pretrain_glm.py FLAGS 2>&1 | tools/show_progress.py --log train.log --seq-length 256
+    torchrun pretrain_glm.py FLAGS 2>&1 |
+        python tools/show_progress.py --log train.log --seq-length 256
 """
 
 import argparse

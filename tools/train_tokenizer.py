@@ -1,6 +1,7 @@
 """Train a tokenizer on a corpus: byte-level BPE by default, SentencePiece on request.
 
-    tools/train_tokenizer.py --input FILE|FOLDER|GLOB ... --vocab-size 16000 --output tokenizer.json
+    python tools/train_tokenizer.py --input FILE|FOLDER|GLOB ... --vocab-size 16000 \\
+        --output tokenizer.json
 
 Reads what tools/preprocess_data.py reads. The special tokens of GLM are part of the vocabulary.
 Either kind gives back every text as it was: bytes stand in for unknown characters, nothing is
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from megatron_glm.data.codecs.training import train_byte_level_bpe, train_sentence_piece
 from megatron_glm.data.preprocessing.blocks import Cursor, read_blocks
 from megatron_glm.data.preprocessing.documents import Document, read_documents
-from megatron_glm.data.preprocessing.inputs import FORMATS, find_inputs
+from megatron_glm.data.preprocessing.inputs import add_input_flags, find_inputs
 from megatron_glm.errors import GLMError, exit_with_one_line
 
 TRAINERS = {
@@ -31,19 +32,14 @@ TRAINERS = {
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
-        epilog=__doc__.split("\n\n", 2)[2],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--input", nargs="+", required=True, help="files, folders and globs")
-    parser.add_argument("--input-format", choices=FORMATS,
-                        help="format of all inputs, whatever their suffix")
-    parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys to take text from")
+    add_input_flags(parser)
     parser.add_argument("--max-bytes", type=int,
                         help="bytes of the inputs to train on, spread over them; default: all")
     parser.add_argument("--tokenizer-type", choices=list(TRAINERS), default="HuggingFaceTokenizer",
-                        help="HuggingFaceTokenizer: byte-level BPE in a tokenizer.json; "
+                        help="HuggingFaceTokenizer (default): byte-level BPE in a tokenizer.json; "
                              "SentencePieceTokenizer: BPE in a .model")
     parser.add_argument("--vocab-size", type=int, required=True,
                         help="tokens, the special ones included")

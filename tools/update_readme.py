@@ -1,6 +1,6 @@
 """Write README.md's generated parts anew: the tree of the sources and the table of patches.
 
-    tools/update_readme.py
+    python tools/update_readme.py
 
 Says nothing of its own: the tree repeats the first line of each file, the table each patch.
 """

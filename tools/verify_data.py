@@ -1,6 +1,6 @@
 """Compare datasets with their checksums, to the last byte: after a copy, before a long run.
 
-    tools/verify_data.py corpus_text_document ...
+    python tools/verify_data.py corpus_text_document ...
 
 Takes prefixes, or their .bin files. Training itself compares the index and both ends of the .bin,
 which takes no time; this reads the files whole. The exit status is 1 where one is damaged, or has

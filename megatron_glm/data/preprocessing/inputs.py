@@ -1,5 +1,6 @@
 """Which files are read, in what order and format, and how their bytes are opened."""
 
+import argparse
 import glob
 import hashlib
 import io
@@ -35,6 +36,21 @@ class InputFile:
     compression: str
     num_bytes: int
     mtime_ns: int
+
+
+def add_input_flags(parser: argparse._ActionsContainer) -> None:
+    """The flags of a tool that reads texts: --input, --input-format and --json-keys."""
+    parser.add_argument(
+        "--input", nargs="+", required=True, help="files, folders and globs; .gz and .zst are "
+        "decompressed",
+    )
+    parser.add_argument(
+        "--input-format", choices=FORMATS, help="format of all inputs, whatever their suffix"
+    )
+    parser.add_argument(
+        "--json-keys", nargs="+", default=["text"], help="keys, or parquet columns, to take text "
+        "from; default: text",
+    )
 
 
 def find_inputs(patterns: Iterable[str], input_format: str | None = None) -> list[InputFile]:

@@ -21,6 +21,11 @@ from megatron_glm.errors import GLMError
 BLOCKS_AHEAD = 3
 
 
+def num_processors() -> int:
+    """Processors that this process may use; a scheduler may have given it a part of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def run(
     output: Output,
     files: Sequence[InputFile],
