@@ -12,6 +12,7 @@ mkdir -p "$work"
 shown=$work
 work=$(cd "$work" && pwd)
 cd "$(dirname "$0")/.."
+if [ -z "${VIRTUAL_ENV:-}" ] && [ -x .venv/bin/python ]; then PATH=$PWD/.venv/bin:$PATH; fi
 
 steps=${QUICKSTART_STEPS:-1200}
 vocab_size=${QUICKSTART_VOCAB_SIZE:-2048}

@@ -146,6 +146,8 @@ def check_flags(args: Namespace) -> None:
             f"--glm-attention-backend {args.glm_attention_backend}: must be auto or one of "
             f"{', '.join(BACKENDS)}"
         )
+    _check_data_paths(args)
+    _check_batch_size(args)
     for unit in ("iters", "samples"):
         warmup = getattr(args, f"lr_warmup_{unit}")
         decay = getattr(args, f"lr_decay_{unit}") or getattr(args, f"train_{unit}")
@@ -164,6 +166,30 @@ def check_flags(args: Namespace) -> None:
                 f"--hidden-size {args.hidden_size} with --num-attention-heads "
                 f"{args.num_attention_heads}: the head dimension must be an even integer (rotary "
                 "positions turn pairs)"
+            )
+
+
+def _check_data_paths(args: Namespace) -> None:
+    split = [
+        f"--{part}-data-path" for part in ("train", "valid", "test")
+        if getattr(args, f"{part}_data_path")
+    ]  # fmt: skip
+    if args.data_path and split:
+        raise FlagError(
+            f"--data-path with {' '.join(split)}: give the first, which --split divides, or the "
+            "others"
+        )
+
+
+def _check_batch_size(args: Namespace) -> None:
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    micro, whole = args.micro_batch_size, args.global_batch_size
+    if micro and whole and args.world_size % (tp * pp) == 0:
+        dp = args.world_size // (tp * pp)
+        if whole % (micro * dp):
+            raise FlagError(
+                f"--global-batch-size {whole}: must be divisible by --micro-batch-size {micro} x "
+                f"{dp}, the number of data parallel ranks"
             )
 
 

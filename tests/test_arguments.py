@@ -92,11 +92,27 @@ def test_every_rule_refuses_by_name(parser, rule):
         (["--hidden-size", "60", "--num-attention-heads", "12"], "--num-attention-heads 12"),
         (["--train-iters", "5", "--lr-warmup-iters", "5"], "--lr-warmup-iters 5"),
         (["--glm-attention-backend", "fast"], "--glm-attention-backend fast"),
+        (["--data-path", "a", "--valid-data-path", "b"], "--data-path with --valid-data-path"),
     ],
 )
 def test_a_flag_that_trains_something_else_is_refused(parser, flags, named):
     with pytest.raises(FlagError, match=named):
         parse(parser, *flags)
+
+
+@pytest.mark.parametrize("world_size, tp, fits", [(1, 1, True), (8, 2, True), (8, 1, False),
+                                                  (3, 2, True)])  # fmt: skip
+def test_a_batch_that_the_ranks_cannot_share_is_refused(parser, world_size, tp, fits):
+    """A number of ranks that the layout does not fit is Megatron's to refuse."""
+    args = parser.parse_args([*TOKENIZER, "--micro-batch-size", "2", "--global-batch-size", "24",
+                              "--tensor-model-parallel-size", str(tp)])  # fmt: skip
+    args.world_size = world_size
+    if fits:
+        check_flags(args)
+        return
+    with pytest.raises(FlagError, match="--global-batch-size 24: must be divisible by "
+                       "--micro-batch-size 2 x 8"):  # fmt: skip
+        check_flags(args)
 
 
 @pytest.mark.parametrize("missing", ["--tokenizer-type", "--tokenizer-model"])

@@ -6,7 +6,7 @@
 
 Of the flags only those of the data matter: --data-path and its kin, --seq-length, --split, --seed,
 --tokenizer-type, --tokenizer-model and GLM's flags of data and objective. --run takes all of them
-from a run's last checkpoint; flags given beside it are ignored.
+from a run's last checkpoint.
 """
 
 import argparse
@@ -116,6 +116,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--png", type=Path, help="draw what each token sees into this file")
     own, rest = parser.parse_known_args(argv)
+    if own.run and rest:
+        parser.error(f"--run takes the flags of the run: drop {' '.join(rest)}")
     if own.index < 0 or (own.stats is not None and own.stats < 1):
         parser.error("--index must be 0 or more, and --stats 1 or more")
     return own, rest

@@ -80,15 +80,23 @@ def test_flags_may_come_from_a_run(explain, flags, tmp_path, monkeypatch):
 @pytest.mark.parametrize("changes, message", [
     (["--of", "test"], "--of test: the flags give that split no data"),
     (["--data-path", "nowhere"], "nowhere.idx: no such file"),
-    (["--run", "nowhere"], "nowhere/latest_checkpointed_iteration.txt: cannot be read"),
-    (["--run", "{converted}"], "was converted, so it knows no data"),
+    (["--run", "nowhere"], "--run takes the flags of the run: drop --data-path"),
 ])  # fmt: skip
 def test_what_cannot_be_shown_is_said_in_one_line(
-    explain, flags, changes, message, tmp_path, capsys
+    explain, flags, changes, message, capsys
 ):
+    refused(explain, capsys, message, *flags, *changes)
+
+
+def test_a_run_that_knows_no_data_is_refused(explain, tmp_path, capsys):
+    refused(explain, capsys, "checkpointed_iteration.txt: cannot be read", "--run", "nowhere")
     converted = write_megatron(tmp_path / "converted", MemorySource())
+    refused(explain, capsys, "was converted, so it knows no data", "--run", converted)
+
+
+def refused(explain, capsys, message, *arguments):
     with pytest.raises(SystemExit) as caught:
-        explain(*flags, *(change.format(converted=converted) for change in changes))
+        explain(*arguments)
     assert caught.value.code == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("explain_sample.py: error: ") and message in error
