@@ -82,8 +82,15 @@ train() { # FLAGS: trains on from the last checkpoint, if there is one
     torchrun --standalone --nproc-per-node 1 pretrain_glm.py "${training[@]}" \
         --save "$work/checkpoint" --load "$work/checkpoint" --save-interval $((steps / 6)) \
         --log-interval $((steps / 40)) --tensorboard-dir "$work/tensorboard" "$@" 2>&1 |
-        python tools/show_progress.py --log "$work/train.log" --seq-length "$seq_length" ||
-        fail "$work/train.log"
+        python tools/show_progress.py --log "$work/train.log" --seq-length "$seq_length" || {
+        echo "quickstart: the run failed; the whole of its log is $shown/train.log" >&2
+        exit 1
+    }
+}
+reached() { # the last step that was saved
+    local step
+    step=$(cat "$work/checkpoint/latest_checkpointed_iteration.txt" 2>/dev/null) || true
+    echo "${step:-0}"
 }
 fail() { # LOG
     echo "quickstart: this stage failed; the end of $1:" >&2
@@ -117,11 +124,12 @@ if begin baseline "4/8 Measure what guessing by word frequency alone would lose,
     finish baseline
 fi
 if begin first_half "5/8 Train on the $device, filling [MASK] and [gMASK] blanks, and stop half way"; then
-    train --exit-interval $((steps / 2))
+    # A run may have been stopped between its last save and its end.
+    if [ "$(reached)" -lt $((steps / 2)) ]; then train --exit-interval $((steps / 2)); fi
     finish first_half
 fi
 if begin second_half "6/8 Resume from the checkpoint, and train to the end"; then
-    train
+    if [ "$(reached)" -lt "$steps" ]; then train; else train --skip-train; fi
     finish second_half
 fi
 if begin plot "7/8 Draw the losses"; then

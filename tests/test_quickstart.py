@@ -65,6 +65,16 @@ def test_its_exit_status_is_whether_both_held_out_losses_are_below_the_unigram_m
     assert result.returncode == (0 if is_better else 1)
 
 
+def test_a_run_that_ended_before_that_was_noted_is_evaluated_and_not_trained(quickstart):
+    work, first = quickstart
+    for stage in ("first_half", "second_half"):
+        (work / "done" / stage).unlink()
+    again = run(work)
+    assert again.returncode == first.returncode, again.stdout + again.stderr
+    assert "held-out loss after step 40" in again.stdout
+    assert "saved after step" not in again.stdout and "/40 " not in again.stdout
+
+
 def test_a_second_call_does_nothing_again(quickstart):
     work, first = quickstart
     log = (work / "train.log").read_bytes()

@@ -21,6 +21,8 @@ _NEWS = (
     (_RESUMED, "resumed after step {}"),
     (re.compile(r"successfully saved checkpoint from iteration +(\d+)"), "saved after step {}"),
     (re.compile(r"(pretrain_glm\.py: error: .*)"), "{}"),
+    # The last line of a traceback; torchrun's own say nothing behind the colon.
+    (re.compile(r"^(?:\[rank\d+\]: )?([\w.]+(?:Error|Exception): \S.*)"), "{}"),
 )
 
 

@@ -40,6 +40,11 @@ def test_an_error_of_the_run_is_shown():
     assert list(show_progress.show([error], 256)) == ["  pretrain_glm.py: error: --lr: too small"]
 
 
+def test_the_last_line_of_a_traceback_is_shown_and_not_torchruns():
+    lines = ["[rank0]: RuntimeError: no room\n", "ValueError: 3\n", "a.b.ChildFailedError: \n"]
+    assert list(show_progress.show(lines, 256)) == ["  RuntimeError: no room", "  ValueError: 3"]
+
+
 def test_every_line_is_appended_to_the_log(tmp_path):
     log = tmp_path / "train.log"
     log.write_text("before\n")
