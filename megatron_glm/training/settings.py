@@ -96,23 +96,29 @@ def check_checkpoints(args: Namespace) -> None:
     """Compares this run's settings with those of the checkpoints that it would load.
 
     CheckpointMismatchError where they differ, where --save already holds a run that --load does not
-    continue, which would be overwritten checkpoint by checkpoint, and where the file is lost that
-    names the latest checkpoint: Megatron would start anew.
+    continue, which would be overwritten checkpoint by checkpoint, and where there is none, or the
+    file is lost that names the latest: Megatron would start from random weights.
     """
     from megatron.training.checkpointing import checkpoint_exists
 
-    for flag, directory in (("--load", args.load), ("--save", args.save)):
+    goes_on = args.load is not None and args.save is not None and (
+        os.path.realpath(args.load) == os.path.realpath(args.save)
+    )
+    for flag, directory, may_be_new in (
+        ("--load", args.load, goes_on),
+        ("--pretrained-checkpoint", args.pretrained_checkpoint, False),
+        ("--save", args.save, True),
+    ):
         if directory is not None and not checkpoint_exists(directory):
-            _refuse_lost_tracker(flag, directory)
+            _refuse_to_start_anew(flag, directory, may_be_new)
     for directory in (args.load, args.pretrained_checkpoint):
         if directory is not None and checkpoint_exists(directory):
             _check_checkpoint(args, directory)
-    if args.save is not None and checkpoint_exists(args.save):
-        if args.load is None or not os.path.samefile(args.save, args.load):
-            raise CheckpointMismatchError(
-                f"--save {args.save} holds a run already, which this one would overwrite: give the "
-                "same directory to --load to continue it, or another one to --save"
-            )
+    if args.save is not None and checkpoint_exists(args.save) and not goes_on:
+        raise CheckpointMismatchError(
+            f"--save {args.save} holds a run already, which this one would overwrite: give the "
+            "same directory to --load to continue it, or another one to --save"
+        )
 
 
 @contextlib.contextmanager
@@ -158,7 +164,7 @@ def check_samples_left(args: Namespace, train_samples: int) -> None:
         )
 
 
-def _refuse_lost_tracker(flag: str, directory: str) -> None:
+def _refuse_to_start_anew(flag: str, directory: str, may_be_new: bool) -> None:
     # The last file of a checkpoint to be written: one without it does not count.
     whole = [path.parent.name for path in Path(directory).glob("iter_*/metadata.json")]
     if whole:
@@ -168,6 +174,11 @@ def _refuse_lost_tracker(flag: str, directory: str) -> None:
             "the latest, so that the run would start anew and overwrite them: go on by `echo "
             f"{iteration} >{directory}/latest_checkpointed_iteration.txt`, or give another "
             "directory"
+        )
+    if not may_be_new:
+        raise CheckpointMismatchError(
+            f"{flag} {directory}: holds no checkpoint; give the folder of one, or to --load the "
+            "folder of --save, to begin a run there and go on with it"
         )
 
 

@@ -164,7 +164,19 @@ def test_checkpoints_without_the_file_that_names_the_latest(corpus, checkpoint, 
     assert f"`echo 3 >{tracker}`" in message
     # One that was never finished is no checkpoint.
     (run / "iter_0000003" / "metadata.json").unlink()
-    pretrain([*TINY, *corpus.flags, "--train-iters", "3", "--load", str(run)])
+    pretrain([*TINY, *corpus.flags, "--train-iters", "3", "--load", str(run), "--save", str(run)])
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["--load", "{}/none"], "--load {}/none: holds no checkpoint"),
+    (["--load", "{}/none", "--save", "{}/new"], "--load {}/none: holds no checkpoint"),
+    (["--pretrained-checkpoint", "{}/none", "--load", "{}/new", "--save", "{}/new"],
+     "--pretrained-checkpoint {}/none: holds no checkpoint"),
+], ids=len)  # fmt: skip
+def test_a_checkpoint_that_is_not_there_is_not_replaced_by_chance(corpus, tmp_path, flags, named):
+    message = refused(*corpus.flags, *(flag.format(tmp_path) for flag in flags))
+    assert named.format(tmp_path) in message
+    assert not list(tmp_path.iterdir())
 
 
 def test_checkpoint_of_another_program(corpus, tmp_path):
