@@ -21,7 +21,7 @@ from megatron_glm.checkpoint.torch_file import BLOCK_BYTES
 
 # Blocks read, converted and written, temporaries of quantisation, and what of them the C library
 # keeps for the next ones.
-WORKING_BYTES = 32 * BLOCK_BYTES
+WORKING_BYTES = 48 * BLOCK_BYTES
 
 
 class Source(Protocol):

@@ -19,7 +19,7 @@ from megatron_glm.checkpoint.quantization import QuantizedWeight
 from megatron_glm.checkpoint.safetensors_file import read_index
 from megatron_glm.checkpoint.settings import Settings
 from megatron_glm.checkpoint.table import Format, Tensor, find, tensors
-from megatron_glm.checkpoint.torch_file import StoredTensor
+from megatron_glm.checkpoint.torch_file import StoredTensor, convert_rows, empty
 
 _FLAGS = {
     "num_layers": "num_hidden_layers",
@@ -66,9 +66,10 @@ class HuggingFaceCheckpoint:
         name = tensor.name(Format.HUGGING_FACE)
         if self.bits is None or not tensor.row.quantizable:
             return self._stored[name].read(memory)
+        codes = empty(tensor.shape(self.settings.dimensions), torch.int8, memory)
         packed = self._stored[f"{name}_packed"].read()
-        scales = self._stored[f"{name}_scale"].read()
-        return QuantizedWeight(unpack(packed, self.bits), scales, self.bits)
+        convert_rows(lambda block: unpack(block, self.bits), packed, codes)
+        return QuantizedWeight(codes, self._stored[f"{name}_scale"].read(), self.bits)
 
     def _read_scales(self) -> dict[str, int]:
         scales: dict[str, int] = {}

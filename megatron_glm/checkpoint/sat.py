@@ -30,7 +30,7 @@ from megatron_glm.checkpoint.table import (
     shard_shape,
     tensors,
 )
-from megatron_glm.checkpoint.torch_file import StoredTensor, TorchFile, empty
+from megatron_glm.checkpoint.torch_file import StoredTensor, TorchFile, convert_rows, empty
 
 MAX_TP = 8
 SCALE = "_scale"
@@ -101,11 +101,9 @@ class SATCheckpoint:
             if self.bits == 8:
                 stored[name].read_into(code_parts)
             else:
-                unpacked = unpack_int4(stored[name].read())
-                for part, values in zip(
-                    code_parts, unpacked.split([p.shape[0] for p in code_parts]), strict=True
-                ):
-                    part.copy_(values)
+                packed = stored[name].read().split([len(part) for part in code_parts])
+                for ours, theirs in zip(code_parts, packed, strict=True):
+                    convert_rows(unpack_int4, theirs, ours)
             if split == 1:
                 stored[name + SCALE].read_into([scales[:, rank]])
             else:

@@ -9,6 +9,7 @@ import bisect
 import io
 import pickle
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,16 @@ def row_blocks(tensor: torch.Tensor) -> list[torch.Tensor]:
         return [tensor]
     row_bytes = max(1, tensor[:1].numel() * tensor.element_size())
     return list(tensor.split(max(1, BLOCK_BYTES // row_bytes)))
+
+
+def convert_rows(
+    convert: Callable[[torch.Tensor], torch.Tensor], source: torch.Tensor, target: torch.Tensor
+) -> None:
+    """Fills a tensor with what `convert` makes of the rows of another, a block at a time."""
+    start = 0
+    for block in row_blocks(source):
+        target[start : start + len(block)] = convert(block)
+        start += len(block)
 
 
 @dataclass(frozen=True)

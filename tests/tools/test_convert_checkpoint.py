@@ -15,6 +15,8 @@ import torch
 
 from megatron_glm.checkpoint import torch_writer
 from megatron_glm.checkpoint.formats import open_checkpoint
+from megatron_glm.checkpoint.hugging_face_writer import GroupedQuantization, HuggingFaceWriter
+from megatron_glm.checkpoint.quantization import QuantizedWeight
 from megatron_glm.checkpoint.sat import SATCheckpoint
 from megatron_glm.checkpoint.sat_writer import SATWriter
 from megatron_glm.checkpoint.table import Dimensions, Tensor
@@ -209,6 +211,43 @@ def test_the_announced_memory_is_kept_by_a_checkpoint_that_is_larger(large, tmp_
     assert measured <= announced
     # All of it together would not have fitted into what was announced for weights and buffers.
     assert read > 1.3 * (largest + convert_checkpoint.WORKING_BYTES / 1e9)
+
+
+class WideQuantizedSource(MemorySource):
+    """INT4 weights of one layer, whose largest takes 0.13 GB a byte an element."""
+
+    def __init__(self):
+        super().__init__()
+        dimensions = Dimensions(1, 1024, 65536, 16, 64)
+        self.settings = self.settings.with_overrides(dimensions=dimensions)
+
+    def read(self, tensor: Tensor, memory: torch.Tensor | None = None):
+        shape = tensor.shape(self.settings.dimensions)
+        if not tensor.row.quantizable:
+            return torch.zeros(shape, dtype=torch.float16)
+        scales = torch.ones(shape[0], 1, dtype=torch.float16)
+        return QuantizedWeight(torch.ones(shape, dtype=torch.int8), scales, 4)
+
+
+@pytest.mark.parametrize("fmt", ["sat", "hf"])
+def test_the_announced_memory_is_kept_by_packed_weights(tmp_path, fmt):
+    source = WideQuantizedSource()
+    (tmp_path / "a").mkdir()
+    if fmt == "sat":
+        writer = SATWriter(source.settings, 1, source.dtype, 4)
+        writer.write(tmp_path / "a", 1, source.read)
+    else:
+        quantization = GroupedQuantization.uniform(4, None)
+        writer = HuggingFaceWriter(source.settings, source.dtype, quantization)
+        writer.write(tmp_path / "a", source.read)
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "tools/convert_checkpoint.py", "--from", fmt, "--to", fmt,
+         "--load", str(tmp_path / "a"), "--save", str(tmp_path / "b")],
+        capture_output=True, text=True, cwd=ROOT, timeout=250,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    announced = float(re.search(r"at most ([\d.]+) GB", result.stdout)[1])
+    assert float(re.findall(r"peak memory: ([\d.]+) GB", result.stdout)[-1]) <= announced
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.1, 0.4])
