@@ -35,6 +35,8 @@ def needed():
             extras = requirement.extras or {""}
             if child.marker is None or any(child.marker.evaluate({"extra": e}) for e in extras):
                 todo.append(child)
+    # An extra may be made of others.
+    versions.pop("megatron-glm", None)
     return versions
 
 
