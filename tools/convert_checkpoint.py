@@ -39,7 +39,7 @@ from megatron_glm.checkpoint.staging import staged_directory  # noqa: E402
 from megatron_glm.checkpoint.table import Format, tensors  # noqa: E402
 from megatron_glm.checkpoint.target import Request, plan_target  # noqa: E402
 from megatron_glm.checkpoint.tokenizer_export import export_tokenizer, read_tokenizer  # noqa: E402
-from megatron_glm.errors import GLMError  # noqa: E402
+from megatron_glm.errors import exit_with_one_line  # noqa: E402
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -216,11 +216,8 @@ def warn(
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
-    try:
+    with exit_with_one_line(after_interrupt=f"{args.save} is as it was"):
         convert(args)
-    except GLMError as error:
-        print(f"convert_checkpoint.py: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
 
 
 if __name__ == "__main__":
