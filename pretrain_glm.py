@@ -38,7 +38,11 @@ from megatron_glm.data.ledger import Ledger, ledger_lines  # noqa: E402
 from megatron_glm.data.tokenizer import GLMTokenizer, build_tokenizer  # noqa: E402
 from megatron_glm.errors import exit_with_one_line  # noqa: E402
 from megatron_glm.model.config import GLMModelConfig, GLMTransformerConfig  # noqa: E402
-from megatron_glm.model.glm_model import GLMModel, check_mask_conformance  # noqa: E402
+from megatron_glm.model.glm_model import (  # noqa: E402
+    GLMModel,
+    check_kernel_conformance,
+    check_mask_conformance,
+)
 from megatron_glm.training.batch import Batch, next_batch  # noqa: E402
 from megatron_glm.training.divergence import check_steps  # noqa: E402
 from megatron_glm.training.loss import LossParts, token_loss  # noqa: E402
@@ -75,6 +79,8 @@ def model_config_from_args(args: Namespace) -> GLMModelConfig:
                 max_samples=args.max_samples_per_sequence,
             )
         )
+    if args.kernel_conformance_check:
+        config.post_wrap_hooks.append(check_kernel_conformance)
     return config
 
 

@@ -48,6 +48,14 @@ class GLMRunArguments:
     """Perturb tokens on the real attention backend at start, and refuse to train where one that
     must be visible is not, or one that must be hidden is seen. Takes under a second."""
 
+    kernel_conformance_check: bool = field(
+        default=True,
+        metadata={"argparse_meta": {"arg_names": ["--kernel-conformance-check"],
+                                    "action": argparse.BooleanOptionalAction}},
+    )
+    """On a GPU, compare results and gradients of every kernel with torch's operations at start, and
+    refuse to train where they differ by more than rounding."""
+
 
 DEFAULTS: dict[str, Any] = {
     # The architecture, as Megatron names it.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_glm.model.attention.conformance import check_backend
 from megatron_glm.model.embedding import GradientShrink, shrink_alpha
-from megatron_glm.model.fused.selection import uses_kernels
+from megatron_glm.model.fused.selection import DEVICES, uses_kernels
 from megatron_glm.model.layer_spec import glm_block_spec
 from megatron_glm.model.rotary import RotaryTable
 from megatron_glm.model.weight_gradient import provide_weight_gradient_kernels
@@ -102,6 +102,35 @@ def check_mask_conformance(
                 device=weight.device,
                 group=model.pg_collection.tp,
             )
+            return chunks
+    return chunks
+
+
+def check_kernel_conformance(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    """Compares, on a GPU, each kernel of this run with torch's operations at this stage's widths.
+
+    A hook after wrapping, as `check_mask_conformance`. Raises KernelConformanceError.
+    """
+    for model in map(unwrap_model, chunks):
+        for layer in model.decoder.layers[:1]:
+            attention, config = layer.self_attention, model.config
+            weight = attention.linear_qkv.weight
+            if weight.device.type not in DEVICES:
+                return chunks
+            from megatron_glm.model.fused.conformance import Widths, check_kernels
+
+            tp = model.pg_collection.tp.size()
+            widths = Widths(
+                config.hidden_size, config.ffn_hidden_size // tp,
+                attention.num_attention_heads_per_partition, config.kv_channels,
+                model.vocab_size // tp,
+            )  # fmt: skip
+            check_kernels(
+                widths, weight.dtype, weight.device,
+                attention_backend=attention.core_attention.backend,
+                with_fused=config.glm_fused_kernels,
+                with_weight_gradient=config.gradient_accumulation_fusion,
+            )  # fmt: skip
             return chunks
     return chunks
 
