@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 
@@ -35,10 +36,12 @@ REFUSED = 2
 
 def run_tool(source: str, target: str, load: Path, save: Path, *more: str) -> int:
     arguments = ["--from", source, "--to", target, "--load", str(load), "--save", str(save), *more]
-    try:
-        convert_checkpoint.main(arguments)
-    except SystemExit as status:
-        return status.code
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["convert_checkpoint.py", *arguments])
+        try:
+            convert_checkpoint.main()
+        except SystemExit as status:
+            return status.code
     return 0
 
 
