@@ -14,6 +14,7 @@ from megatron.core.pipeline_parallel.utils import (
     is_vp_last_stage,
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerLayer
 from megatron.core.utils import unwrap_model
 from megatron.training.models.gpt import GPTModelBuilder
 from torch import Tensor
@@ -86,23 +87,22 @@ def check_mask_conformance(
     expects of a hook after wrapping. Raises MaskConformanceError on every rank of a tensor
     parallel group in which one fails.
     """
-    for model in map(unwrap_model, chunks):
-        for layer in model.decoder.layers[:1]:
-            weight = layer.self_attention.linear_qkv.weight
-            attention = layer.self_attention.core_attention
-            check_backend(
-                attention.backend,
-                dropout_probability=attention.dropout_probability,
-                batch=micro_batch_size,
-                seq_length=_checked_length(model, weight.device),
-                heads=layer.self_attention.num_attention_heads_per_partition,
-                dim=model.config.kv_channels,
-                max_samples=max_samples,
-                dtype=weight.dtype,
-                device=weight.device,
-                group=model.pg_collection.tp,
-            )
-            return chunks
+    model, layer = _first_layer(chunks)
+    if layer is not None:
+        weight = layer.self_attention.linear_qkv.weight
+        attention = layer.self_attention.core_attention
+        check_backend(
+            attention.backend,
+            dropout_probability=attention.dropout_probability,
+            batch=micro_batch_size,
+            seq_length=_checked_length(model, weight.device),
+            heads=layer.self_attention.num_attention_heads_per_partition,
+            dim=model.config.kv_channels,
+            max_samples=max_samples,
+            dtype=weight.dtype,
+            device=weight.device,
+            group=model.pg_collection.tp,
+        )
     return chunks
 
 
@@ -111,28 +111,34 @@ def check_kernel_conformance(chunks: list[torch.nn.Module]) -> list[torch.nn.Mod
 
     A hook after wrapping, as `check_mask_conformance`. Raises KernelConformanceError.
     """
-    for model in map(unwrap_model, chunks):
-        for layer in model.decoder.layers[:1]:
-            attention, config = layer.self_attention, model.config
-            weight = attention.linear_qkv.weight
-            if weight.device.type not in DEVICES:
-                return chunks
-            from megatron_glm.model.fused.conformance import Widths, check_kernels
+    model, layer = _first_layer(chunks)
+    if layer is None or layer.self_attention.linear_qkv.weight.device.type not in DEVICES:
+        return chunks
+    from megatron_glm.model.fused.conformance import Widths, check_kernels
 
-            tp = model.pg_collection.tp.size()
-            widths = Widths(
-                config.hidden_size, config.ffn_hidden_size // tp,
-                attention.num_attention_heads_per_partition, config.kv_channels,
-                model.vocab_size // tp,
-            )  # fmt: skip
-            check_kernels(
-                widths, weight.dtype, weight.device,
-                attention_backend=attention.core_attention.backend,
-                with_fused=config.glm_fused_kernels,
-                with_weight_gradient=config.gradient_accumulation_fusion,
-            )  # fmt: skip
-            return chunks
+    attention, config, tp = layer.self_attention, model.config, model.pg_collection.tp.size()
+    weight = attention.linear_qkv.weight
+    widths = Widths(
+        config.hidden_size, config.ffn_hidden_size // tp,
+        attention.num_attention_heads_per_partition, config.kv_channels, model.vocab_size // tp,
+    )  # fmt: skip
+    check_kernels(
+        widths, weight.dtype, weight.device,
+        attention_backend=attention.core_attention.backend,
+        with_fused=config.glm_fused_kernels,
+        with_weight_gradient=config.gradient_accumulation_fusion,
+    )  # fmt: skip
     return chunks
+
+
+def _first_layer(
+    chunks: list[torch.nn.Module],
+) -> tuple[GLMModel, TransformerLayer] | tuple[None, None]:
+    """The first layer of this stage and its model; a stage may have none."""
+    for model in map(unwrap_model, chunks):
+        for layer in model.decoder.layers:
+            return model, layer
+    return None, None
 
 
 def _checked_length(model: GLMModel, device: torch.device) -> int:
