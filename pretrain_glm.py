@@ -71,16 +71,19 @@ def tokenizer_from_args(args: Namespace) -> GLMTokenizer:
 def model_config_from_args(args: Namespace) -> GLMModelConfig:
     transformer = core_transformer_config_from_args(args, config_class=GLMTransformerConfig)
     config = gpt_config_from_args(args, transformer, GLMModelConfig)
-    if args.mask_conformance_check:
-        config.post_wrap_hooks.append(
-            partial(
-                check_mask_conformance,
-                micro_batch_size=args.micro_batch_size,
-                max_samples=args.max_samples_per_sequence,
-            )
+    checks = {
+        check_mask_conformance: args.mask_conformance_check,
+        check_kernel_conformance: args.kernel_conformance_check,
+    }
+    config.post_wrap_hooks += [
+        partial(
+            check,
+            micro_batch_size=args.micro_batch_size,
+            max_samples=args.max_samples_per_sequence,
         )
-    if args.kernel_conformance_check:
-        config.post_wrap_hooks.append(check_kernel_conformance)
+        for check, is_asked in checks.items()
+        if is_asked
+    ]
     return config
 
 

@@ -165,6 +165,8 @@ def run(arguments: argparse.Namespace) -> Iterator[dict]:
         shape = tuple(int(size) for size in text.split("x"))
         batch, heads, seq_length, dim = shape
         yardstick = None
+        # Kernels of all shapes are more than torch keeps.
+        torch.compiler.reset()
         for name, packing, share, dropout, samples in cases(arguments, shape):
             row = {"shape": text, "dropout": dropout, "packing": packing, "share": share,
                    "backend": name}

@@ -19,7 +19,7 @@ from megatron.core.utils import unwrap_model
 from megatron.training.models.gpt import GPTModelBuilder
 from torch import Tensor
 
-from megatron_glm.model.attention.conformance import check_backend
+from megatron_glm.model.attention.conformance import AttentionSetup, check_backend
 from megatron_glm.model.embedding import GradientShrink, shrink_alpha
 from megatron_glm.model.fused.selection import DEVICES, uses_kernels
 from megatron_glm.model.layer_spec import glm_block_spec
@@ -89,24 +89,14 @@ def check_mask_conformance(
     """
     model, layer = _first_layer(chunks)
     if layer is not None:
-        weight = layer.self_attention.linear_qkv.weight
-        attention = layer.self_attention.core_attention
-        check_backend(
-            attention.backend,
-            dropout_probability=attention.dropout_probability,
-            batch=micro_batch_size,
-            seq_length=_checked_length(model, weight.device),
-            heads=layer.self_attention.num_attention_heads_per_partition,
-            dim=model.config.kv_channels,
-            max_samples=max_samples,
-            dtype=weight.dtype,
-            device=weight.device,
-            group=model.pg_collection.tp,
-        )
+        setup = _attention_setup(model, layer, micro_batch_size, max_samples)
+        check_backend(setup, model.pg_collection.tp)
     return chunks
 
 
-def check_kernel_conformance(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+def check_kernel_conformance(
+    chunks: list[torch.nn.Module], *, micro_batch_size: int, max_samples: int
+) -> list[torch.nn.Module]:
     """Compares, on a GPU, each kernel of this run with torch's operations at this stage's widths.
 
     A hook after wrapping, as `check_mask_conformance`. Raises KernelConformanceError.
@@ -116,18 +106,13 @@ def check_kernel_conformance(chunks: list[torch.nn.Module]) -> list[torch.nn.Mod
         return chunks
     from megatron_glm.model.fused.conformance import Widths, check_kernels
 
-    attention, config, tp = layer.self_attention, model.config, model.pg_collection.tp.size()
-    weight = attention.linear_qkv.weight
-    widths = Widths(
-        config.hidden_size, config.ffn_hidden_size // tp,
-        attention.num_attention_heads_per_partition, config.kv_channels, model.vocab_size // tp,
-    )  # fmt: skip
+    config, tp = model.config, model.pg_collection.tp.size()
     check_kernels(
-        widths, weight.dtype, weight.device,
-        attention_backend=attention.core_attention.backend,
+        Widths(config.hidden_size, config.ffn_hidden_size // tp, model.vocab_size // tp),
+        _attention_setup(model, layer, micro_batch_size, max_samples),
         with_fused=config.glm_fused_kernels,
         with_weight_gradient=config.gradient_accumulation_fusion,
-    )  # fmt: skip
+    )
     return chunks
 
 
@@ -141,11 +126,27 @@ def _first_layer(
     return None, None
 
 
-def _checked_length(model: GLMModel, device: torch.device) -> int:
-    # On a CPU the check would take longer than its answer is worth; its kernels have no tiles
+def _attention_setup(
+    model: GLMModel, layer: TransformerLayer, micro_batch_size: int, max_samples: int
+) -> AttentionSetup:
+    weight, attention = layer.self_attention.linear_qkv.weight, layer.self_attention.core_attention
+    seq_length = model.max_sequence_length
+    # On a CPU the checks would take longer than their answer is worth; its kernels have no tiles
     # that a long sequence would reach and a short one not.
-    limit = 256 if device.type == "cpu" else model.max_sequence_length
-    return min(model.max_sequence_length, limit)
+    if weight.device.type == "cpu":
+        seq_length = min(seq_length, 256)
+    return AttentionSetup(
+        backend=attention.backend,
+        batch=micro_batch_size,
+        seq_length=seq_length,
+        heads=layer.self_attention.num_attention_heads_per_partition,
+        dim=model.config.kv_channels,
+        max_samples=max_samples,
+        softmax_scale=attention.softmax_scale,
+        dropout_probability=attention.dropout_probability,
+        dtype=weight.dtype,
+        device=weight.device,
+    )
 
 
 class GLMModelBuilder(GPTModelBuilder):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron_glm.model import glm_model
+from megatron_glm.model.attention.conformance import AttentionSetup
 from megatron_glm.model.fused import conformance
 from tests.model.building import build_glm
 from tests.ranks import run_ranks
@@ -17,17 +18,19 @@ def asked(devices: tuple[str, ...], options: dict) -> list:
     conformance.check_kernels = lambda *arguments, **parts: calls.append((arguments, parts))
     glm_model.DEVICES = devices
     chunks = build_glm(num_layers=1, **options)
-    assert glm_model.check_kernel_conformance(chunks) is chunks
+    assert glm_model.check_kernel_conformance(chunks, micro_batch_size=3, max_samples=5) is chunks
     return calls
 
 
 def test_widths_are_those_of_the_rank():
-    options = {"glm_attention_backend": "chunked", "glm_fused_kernels": False}
+    options = {"glm_attention_backend": "chunked", "glm_fused_kernels": False,
+               "attention_dropout": 0.1}  # fmt: skip
     for calls in run_ranks(asked, ("cpu",), options, tensor_model_parallel_size=2):
         [(arguments, parts)] = calls
-        assert arguments == ((64, 88, 2, 16, 256), torch.float32, torch.device("cpu"))
-        assert parts == {"attention_backend": "chunked", "with_fused": False,
-                         "with_weight_gradient": False}  # fmt: skip
+        setup = AttentionSetup("chunked", 3, 96, 2, 16, 5, 0.25, 0.1, torch.float32,
+                               torch.device("cpu"))  # fmt: skip
+        assert arguments == ((64, 88, 256), setup)
+        assert parts == {"with_fused": False, "with_weight_gradient": False}
 
 
 def test_a_cpu_has_no_kernels():
@@ -36,7 +39,10 @@ def test_a_cpu_has_no_kernels():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("backend", ["flex", "triton"])
-def test_this_machines_kernels_are_right(backend, dtype):
-    widths = conformance.Widths(hidden=4096, ffn=10880, heads=32, dim=128, vocab=50304)
-    conformance.check_kernels(widths, dtype, torch.device("cuda"), attention_backend=backend)
+def test_this_machines_kernels_are_right(backend, dropout, dtype):
+    widths = conformance.Widths(hidden=4096, ffn=10880, vocab=50304)
+    setup = AttentionSetup(backend, 2, 2048, 32, 128, 8, 128**-0.5, dropout, dtype,
+                           torch.device("cuda"))  # fmt: skip
+    conformance.check_kernels(widths, setup)

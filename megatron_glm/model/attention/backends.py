@@ -26,6 +26,9 @@ BACKENDS = {
 """Names that `--glm-attention-backend` takes besides auto, each a module beside this one, and the
 devices on which it can train."""
 
+OWN_DROPOUT = ("cudnn",)
+"""Backends that drop other probabilities than `reference.attention` by the same seed."""
+
 FASTEST = {"cpu": "sdpa", "cuda": "flex"}
 """What auto means on a device; `python -m benchmarks.attention` measures it."""
 

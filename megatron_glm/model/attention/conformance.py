@@ -8,6 +8,7 @@ same rules hold for one attention and for a whole model.
 """
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.distributed
@@ -22,69 +23,84 @@ MIN_SEQ_LENGTH = 16
 """Shortest sequence whose pack has a context, targets and a neighbour of each."""
 
 
+class AttentionSetup(NamedTuple):
+    """How one rank of a run calls its attention: what a kernel may be compiled for."""
+
+    backend: str
+    """As `--glm-attention-backend` names it."""
+    batch: int
+    seq_length: int
+    heads: int
+    """Of this rank."""
+    dim: int
+    max_samples: int
+    """k, places in `samples`."""
+    softmax_scale: float
+    dropout_probability: float
+    dtype: torch.dtype
+    """Of query, key and value."""
+    device: torch.device
+
+
 class MaskConformanceError(GLMError):
     """The attention that would train the model does not obey GLM's mask."""
 
 
 def check_attention(
     attention: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
-    *,
-    name: str,
-    batch: int,
-    seq_length: int,
-    heads: int,
-    dim: int,
-    max_samples: int,
-    dtype: torch.dtype,
-    device: torch.device,
+    setup: AttentionSetup,
     group: torch.distributed.ProcessGroup | None = None,
 ) -> None:
     """Check attention(query, key, value, samples) on inputs laid out as Megatron lays them out.
 
     Args:
         attention: takes [s, b, n, d] three times and int32 [b, 2, k], returns [s, b, n * d].
-        name: of the backend, for the error.
-        batch, seq_length, heads, dim, max_samples: b, s, n of this rank, d and k.
-        dtype, device: of query, key and value.
+        setup: shapes and type of these, and for the error the name of the backend.
         group: ranks that must agree; all raise if one fails. None checks this rank alone.
 
     Raises:
         MaskConformanceError: names the backend, the rule, the positions and the rank.
     """
-    generator = torch.Generator(device).manual_seed(0)
-    shape = (2, seq_length, batch, heads, 3 * dim)
+    generator = torch.Generator(setup.device).manual_seed(0)
+    shape = (2, setup.seq_length, setup.batch, setup.heads, 3 * setup.dim)
     # Query, key and value are slices of one projection, as in Megatron. What replaces a token
     # has large values, so that a leak of a small probability survives the rounding of `dtype`.
-    original, other = torch.randn(shape, generator=generator, device=device)
-    other[..., 2 * dim :] *= 32
-    original, other = original.to(dtype), other.to(dtype)
+    original, other = torch.randn(shape, generator=generator, device=setup.device)
+    other[..., 2 * setup.dim :] *= 32
+    original, other = original.to(setup.dtype), other.to(setup.dtype)
 
     def respond(samples: Tensor, perturbed: Tensor) -> Tensor:
-        mixed = torch.where(perturbed.t()[..., None, None], other, original)
-        return attention(*mixed.split(dim, dim=-1), samples).transpose(0, 1)
+        mixed = torch.where(perturbed.t().contiguous()[..., None, None], other, original)
+        # With gradients, since a compiler makes another kernel where none are asked for.
+        with torch.enable_grad():
+            out = attention(*mixed.requires_grad_().split(setup.dim, dim=-1), samples)
+        return out.detach().transpose(0, 1)
 
     _check(
-        respond, f"attention backend {name}", batch, seq_length, max_samples, device, group,
-        every_row=True,
+        respond, f"attention backend {setup.backend}", setup.batch, setup.seq_length,
+        setup.max_samples, setup.device, group, every_row=True,
     )
 
 
-def check_backend(name: str, *, dropout_probability: float, dim: int, **arguments) -> None:
-    """`check_attention` of what `--glm-attention-backend name` runs at this rate of dropout.
+def check_backend(
+    setup: AttentionSetup, group: torch.distributed.ProcessGroup | None = None
+) -> None:
+    """`check_attention` of the backend that a run uses.
 
     With dropout the same kernels run at a rate of 2 ** -24, so that they drop next to nothing.
-    The other arguments are those of `check_attention`.
     """
-    attend = select_backend(name, torch.device(arguments["device"]).type)
+    attend = select_backend(setup.backend, setup.device.type)
     dropout = None
-    if dropout_probability > 0.0:
-        seed = torch.zeros(2, dtype=torch.int32, device=arguments["device"])
+    if setup.dropout_probability > 0.0:
+        seed = torch.zeros(2, dtype=torch.int32, device=setup.device)
         dropout = Dropout(2.0**-24, seed)
 
     def attention(query, key, value, samples):
-        return attend(query, key, value, samples, softmax_scale=dim**-0.5, dropout=dropout)
+        return attend(
+            query, key, value, samples, softmax_scale=setup.softmax_scale, dropout=dropout
+        )
 
-    check_attention(attention, name=name, dim=dim, **arguments)
+    check_attention(attention, setup, group)
 
 
 def check_model(
@@ -107,7 +123,8 @@ def check_model(
         forward: takes int64 [b, s] twice and int32 [b, 2, k]; returns [b, s, any], of this rank.
         name: of the model or its backend, for the error.
         vocab_size: token ids are drawn below it.
-        batch, seq_length, max_samples, device, group: as in `check_attention`.
+        batch, seq_length, max_samples, device: b, s, k and where the model lies.
+        group: as in `check_attention`.
 
     Raises:
         MaskConformanceError: names the model, the rule, the positions and the rank.

@@ -1,8 +1,8 @@
 """Prefix attention on torch's FlexAttention: a block mask made on the device from the samples.
 
-On a GPU the kernel is compiled once, shapes as they come; the samples are its tensors, so no
-step, prefix length or packing recompiles it, and running out of recompilations raises instead of
-falling back to the dense form. Elsewhere it runs uncompiled, which is dense: for tests.
+On a GPU the kernel is compiled once for each shape; the samples are its tensors, so no step, prefix
+length or packing recompiles it, and running out of recompilations raises instead of falling back to
+the dense form. Elsewhere it runs uncompiled, which is dense: for tests.
 """
 
 from functools import cache
@@ -52,7 +52,10 @@ def attention(
 
 @cache
 def _kernel(device):
-    return torch.compile(flex_attention, fullgraph=True) if device == "cuda" else flex_attention
+    if device != "cuda":
+        return flex_attention
+    # Static: from a second shape on torch would compile for any length, which is slower.
+    return torch.compile(flex_attention, fullgraph=True, dynamic=False)
 
 
 def block_mask(samples: Tensor, seq_length: int) -> BlockMask:

@@ -1,7 +1,8 @@
 """Do this machine's kernels compute what torch's operations do? Asked at start, in both passes.
 
 A kernel that a compiler, driver or chip of another version gets wrong trains without an error, so
-each is compared with its reference on a few tokens at the widths of the run.
+each is compared with its reference: attention at the shape of the run, for which it is compiled,
+the others on a few tokens at the widths of the run.
 """
 
 from collections.abc import Callable
@@ -12,17 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_glm.errors import GLMError
-from megatron_glm.model.attention import reference
-from megatron_glm.model.attention.backends import select_backend
-from megatron_glm.model.attention.conformance import MIN_SEQ_LENGTH, probe_samples
+from megatron_glm.model.attention import chunked
+from megatron_glm.model.attention.backends import OWN_DROPOUT, select_backend
+from megatron_glm.model.attention.conformance import AttentionSetup, probe_samples
 from megatron_glm.model.dropout import Dropout
 from megatron_glm.model.residual import Sum
 from megatron_glm.model.rotary import RotaryTable, rotate_query_key
 from megatron_glm.model.weight_gradient import wgrad_gemm_accum_fp32
 
 NUM_TOKENS = 256
-"""Tokens of a check; more than a tile of any kernel has."""
+"""Tokens of a check but attention's; more than a tile of any kernel has."""
 ALPHA, EPS = 4.0, 1e-5
+SEED = (20221005, -7)
 
 
 class KernelConformanceError(GLMError):
@@ -30,12 +32,10 @@ class KernelConformanceError(GLMError):
 
 
 class Widths(NamedTuple):
-    """Sizes of this rank's part of the model: h, f / tp, n / tp, d and v / tp."""
+    """Sizes of this rank's part of the model: h, f / tp and v / tp."""
 
     hidden: int
     ffn: int
-    heads: int
-    dim: int
     vocab: int
 
 
@@ -57,32 +57,32 @@ TF32 = 2e-3
 
 def check_kernels(
     widths: Widths,
-    dtype: torch.dtype,
-    device: torch.device,
+    attention: AttentionSetup,
     *,
-    attention_backend: str,
     with_fused: bool = True,
     with_weight_gradient: bool = True,
 ) -> None:
-    """Compare results and gradients of every kernel in `dtype` with its reference in fp32.
+    """Compare results and gradients of every kernel with its reference in fp32.
 
-    with_fused, with_weight_gradient: whether the run has the fused kernels, and adds weight
-    gradients in the product. An error may be a few roundings of the largest element. Draws from a
-    generator of its own.
+    attention: as the run calls it; its heads, type and device are those of every kernel. A backend
+    of OWN_DROPOUT is compared without dropout. with_fused, with_weight_gradient: whether the run
+    has the fused kernels, and adds weight gradients in the product. An error may be a few roundings
+    of the largest element. Draws from a generator of its own.
 
     Raises:
         KernelConformanceError: names the kernel, what of it is wrong, and the flag to go without.
     """
+    dtype, device = attention.dtype, attention.device
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
-    operations = _products(widths, attention_backend, draw)
-    if not with_weight_gradient:
-        del operations["wgrad_gemm_accum_fp32"]
+    operations = {f"attention backend {attention.backend}": _attention(attention, draw)}
+    if with_weight_gradient:
+        operations["wgrad_gemm_accum_fp32"] = _weight_gradient(widths, draw)
     if with_fused:
-        operations |= _fused(widths, draw)
+        operations |= _fused(widths, attention, draw)
     for name, operation in operations.items():
         tolerance = max(4 * torch.finfo(dtype).eps, operation.floor)
         try:
@@ -97,20 +97,20 @@ def check_kernels(
             )
 
 
-def _fused(widths: Widths, draw: Callable) -> dict[str, Operation]:
+def _fused(widths: Widths, attention: AttentionSetup, draw: Callable) -> dict[str, Operation]:
     from megatron_glm.model.fused.cross_entropy import vocab_parallel_cross_entropy
     from megatron_glm.model.fused.geglu import bias_geglu
     from megatron_glm.model.fused.residual_norm import layer_norm, residual_norm, residual_sum
     from megatron_glm.model.fused.rotary import rotate_query_key_
 
-    h = widths.hidden
-    x, residual, mixed = draw(NUM_TOKENS, 1, h), draw(NUM_TOKENS, 1, h), _mixed(widths, draw)
-    device = x.device
-    dropout = Dropout(0.25, torch.tensor([20221005, -7], dtype=torch.int32, device=device))
+    h, device = widths.hidden, attention.device
+    x, residual = draw(NUM_TOKENS, 1, h), draw(NUM_TOKENS, 1, h)
+    mixed = draw(NUM_TOKENS, 1, attention.heads, 3 * attention.dim)
+    dropout = _dropout(0.25, device)
     bias, norm = draw(h), (draw(h), draw(h))
     target = torch.arange(NUM_TOKENS, device=device)[:, None] % widths.vocab
     positions = torch.arange(NUM_TOKENS, device=device)[None]
-    rotation = RotaryTable(NUM_TOKENS, widths.dim, 10000.0, "fp32")(positions)
+    rotation = RotaryTable(NUM_TOKENS, attention.dim, 10000.0, "fp32")(positions)
 
     def added(x, bias, residual):
         return Sum(x, bias, residual, ALPHA, dropout)
@@ -153,39 +153,43 @@ def _fused(widths: Widths, draw: Callable) -> dict[str, Operation]:
     }  # fmt: skip
 
 
-def _products(widths: Widths, backend: str, draw: Callable) -> dict[str, Operation]:
-    mixed = _mixed(widths, draw)
-    # Of a part, since the gradient of a whole matrix may be a GB.
-    x, grad = (draw(NUM_TOKENS, min(widths.hidden, 1024)) for _ in range(2))
-    samples = probe_samples(1, NUM_TOKENS, MIN_SEQ_LENGTH).to(mixed.device)
+def _attention(setup: AttentionSetup, draw: Callable) -> Operation:
+    batch, seq_length, dim = setup.batch, setup.seq_length, setup.dim
+    samples = probe_samples(batch, seq_length, setup.max_samples).to(setup.device)
+    rate = 0.0 if setup.backend in OWN_DROPOUT else setup.dropout_probability
+    dropout = _dropout(rate, setup.device) if rate else None
 
     def attend(attention, mixed):
-        scale = widths.dim**-0.5
-        return attention(*mixed.split(widths.dim, dim=-1), samples, softmax_scale=scale)
+        return attention(
+            *mixed.split(dim, dim=-1), samples, softmax_scale=setup.softmax_scale, dropout=dropout
+        )
 
-    return {
-        "wgrad_gemm_accum_fp32": Operation(
-            lambda x, grad: _weight_gradient(x, grad).to(x.dtype),
-            lambda x, grad: 1 + grad.t() @ x,
-            (x, grad), "--no-gradient-accumulation-fusion", TF32,
-        ),
-        f"attention backend {backend}": Operation(
-            lambda mixed: attend(select_backend(backend, mixed.device.type), mixed),
-            lambda mixed: attend(reference.attention, mixed), (mixed,),
-            "another --glm-attention-backend", TF32,
-        ),
-    }  # fmt: skip
+    return Operation(
+        lambda mixed: attend(select_backend(setup.backend, mixed.device.type), mixed),
+        # At the length of a run the whole mask may be too large.
+        lambda mixed: attend(chunked.attention, mixed),
+        (draw(seq_length, batch, setup.heads, 3 * dim),),
+        "another --glm-attention-backend", TF32,
+    )  # fmt: skip
 
 
-def _mixed(widths: Widths, draw: Callable) -> Tensor:
-    return draw(NUM_TOKENS, 1, widths.heads, 3 * widths.dim)
+def _weight_gradient(widths: Widths, draw: Callable) -> Operation:
+    def kernel(x, grad):
+        main_grad = torch.ones(grad.shape[-1], x.shape[-1], dtype=torch.float32, device=x.device)
+        with torch.no_grad():
+            wgrad_gemm_accum_fp32(x, grad, main_grad)
+        return main_grad.to(x.dtype)
+
+    # Of a part, since the gradient of a whole matrix may be a GB.
+    x, grad = (draw(NUM_TOKENS, min(widths.hidden, 1024)) for _ in range(2))
+    return Operation(
+        kernel, lambda x, grad: 1 + grad.t() @ x, (x, grad),
+        "--no-gradient-accumulation-fusion", TF32,
+    )  # fmt: skip
 
 
-def _weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
-    main_grad = torch.ones(grad.shape[-1], x.shape[-1], dtype=torch.float32, device=x.device)
-    with torch.no_grad():
-        wgrad_gemm_accum_fp32(x, grad, main_grad)
-    return main_grad
+def _dropout(probability: float, device: torch.device) -> Dropout:
+    return Dropout(probability, torch.tensor(SEED, dtype=torch.int32, device=device))
 
 
 def _fault(operation: Operation, draw: Callable, tolerance: float) -> str | None:

@@ -9,6 +9,8 @@ from torch.nn.attention import flex_attention
 def uncompiled_flex_attention(monkeypatch):
     """The dense backward that FlexAttention has for debugging, without seconds of compilation."""
     if torch.cuda.is_available():
+        # Each test compiles for its own shapes; all of them are more than torch keeps.
+        torch.compiler.reset()
         yield
         return
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)

@@ -10,6 +10,7 @@ from megatron_glm.errors import GLMError
 from megatron_glm.model.attention.backends import backends_of, load_backend
 from megatron_glm.model.attention.bounds import validate_samples
 from megatron_glm.model.attention.conformance import (
+    AttentionSetup,
     MaskConformanceError,
     check_attention,
     check_backend,
@@ -18,7 +19,10 @@ from megatron_glm.model.attention.conformance import (
 )
 from tests.ranks import run_ranks
 
-SHAPE = {"seq_length": 160, "heads": 2, "dim": 16, "max_samples": 8, "device": torch.device("cpu")}
+SETUP = AttentionSetup(
+    backend="x", batch=1, seq_length=160, heads=2, dim=16, max_samples=8, softmax_scale=0.25,
+    dropout_probability=0.0, dtype=torch.float32, device=torch.device("cpu"),
+)  # fmt: skip
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 reference = partial(load_backend("reference"), softmax_scale=0.25)
 
@@ -82,15 +86,15 @@ def wrong_attention(distort, query, key, value, samples):
 @pytest.mark.parametrize("name", ["auto", *backends_of("cpu")])
 def test_every_backend_passes(name, dtype, dropout_probability):
     for batch in (1, 2):
-        check_backend(
-            name, dropout_probability=dropout_probability, batch=batch, dtype=dtype, **SHAPE
-        )
+        check_backend(SETUP._replace(
+            backend=name, batch=batch, dropout_probability=dropout_probability, dtype=dtype
+        ))
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_passes_uncompiled():
     attention = partial(load_backend("flex"), softmax_scale=0.25)
-    check_attention(attention, name="flex", batch=1, dtype=torch.float32, **SHAPE)
+    check_attention(attention, SETUP)
 
 
 @pytest.mark.gpu
@@ -98,8 +102,10 @@ def test_flex_attention_passes_uncompiled():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["auto", *backends_of("cuda")])
 def test_every_backend_passes_on_gpu(name, dtype, dropout_probability):
-    shape = SHAPE | {"seq_length": 1000, "dim": 64, "device": torch.device("cuda")}
-    check_backend(name, dropout_probability=dropout_probability, batch=2, dtype=dtype, **shape)
+    check_backend(SETUP._replace(
+        backend=name, batch=2, seq_length=1000, dim=64, dropout_probability=dropout_probability,
+        dtype=dtype, device=torch.device("cuda"),
+    ))
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -108,7 +114,8 @@ def test_every_backend_passes_on_gpu(name, dtype, dropout_probability):
 def test_a_wrong_mask_is_named(distort, dtype, batch):
     with pytest.raises(MaskConformanceError) as error:
         check_attention(
-            partial(wrong_attention, distort), name="skewed", batch=batch, dtype=dtype, **SHAPE
+            partial(wrong_attention, distort),
+            SETUP._replace(backend="skewed", batch=batch, dtype=dtype),
         )
     message = str(error.value)
     assert message.startswith("attention backend skewed breaks GLM's mask: ")
@@ -121,18 +128,24 @@ def test_the_positions_of_a_violation():
         r"the context must not see token 35, target of the sample \[0, 59\) with context end 35, "
         r"but rows 0 to 34 \(35 in all\) did"
     )):
-        check_attention(
-            partial(wrong_attention, context_too_long), name="x", batch=1, dtype=torch.float32,
-            **SHAPE,
-        )
+        check_attention(partial(wrong_attention, context_too_long), SETUP)
 
 
 def test_a_mask_of_another_sequence_of_the_batch():
     for distort in (first_of_batch, last_of_batch):
         with pytest.raises(MaskConformanceError):
-            check_attention(
-                partial(wrong_attention, distort), name="x", batch=2, dtype=torch.float32, **SHAPE
-            )
+            check_attention(partial(wrong_attention, distort), SETUP._replace(batch=2))
+
+
+def test_attention_is_asked_as_training_asks_it():
+    """With gradients, and slices of a projection that is contiguous: what a compiler keys on."""
+    def attention(query, key, value, samples):
+        for x in (query, key, value):
+            assert x.requires_grad and torch.is_grad_enabled()
+            assert x.stride() == (2 * 2 * 48, 2 * 48, 48, 1)
+        return reference(query, key, value, samples)
+
+    check_attention(attention, SETUP._replace(batch=2))
 
 
 def leak_across_sequences(query, key, value, samples):
@@ -141,9 +154,7 @@ def leak_across_sequences(query, key, value, samples):
 
 def test_a_leak_across_sequences():
     with pytest.raises(MaskConformanceError, match="another sequence of the batch must not see"):
-        check_attention(
-            leak_across_sequences, name="x", batch=2, dtype=torch.bfloat16, **SHAPE
-        )
+        check_attention(leak_across_sequences, SETUP._replace(batch=2, dtype=torch.bfloat16))
 
 
 def test_a_leak_smaller_than_any_plausible_loss_difference():
@@ -153,7 +164,7 @@ def test_a_leak_smaller_than_any_plausible_loss_difference():
         return out
 
     with pytest.raises(MaskConformanceError):
-        check_attention(leaky, name="x", batch=1, dtype=torch.bfloat16, **SHAPE)
+        check_attention(leaky, SETUP._replace(dtype=torch.bfloat16))
 
 
 def test_not_a_number_is_named():
@@ -161,7 +172,7 @@ def test_not_a_number_is_named():
         return reference(query, key, value, samples) * float("nan")
 
     with pytest.raises(MaskConformanceError, match="must be finite"):
-        check_attention(broken, name="x", batch=1, dtype=torch.float32, **SHAPE)
+        check_attention(broken, SETUP)
 
 
 def test_noise_of_the_kernel_is_no_leak():
@@ -169,7 +180,7 @@ def test_noise_of_the_kernel_is_no_leak():
         out = reference(query, key, value, samples)
         return out + torch.empty_like(out).uniform_(-1e-6, 1e-6)
 
-    check_attention(noisy, name="x", batch=1, dtype=torch.float32, **SHAPE)
+    check_attention(noisy, SETUP)
 
 
 class TwoLayers(torch.nn.Module):
@@ -221,8 +232,7 @@ def test_probed_packs_are_valid(seq_length, max_samples):
 
 def test_a_sequence_too_short_to_check():
     with pytest.raises(GLMError, match="--seq-length 8: .* 16 tokens or more"):
-        check_attention(reference, name="x", batch=1, dtype=torch.float32,
-                        **SHAPE | {"seq_length": 8})
+        check_attention(reference, SETUP._replace(seq_length=8))
 
 
 def check_glm(wrong_rank, dtype):
@@ -265,8 +275,7 @@ def test_glm_under_tensor_parallelism(dtype):
 def wrong_on_one_rank():
     attention = partial(wrong_attention, causal) if dist.get_rank() == 1 else reference
     try:
-        check_attention(attention, name="x", batch=1, dtype=torch.float32,
-                        group=dist.group.WORLD, **SHAPE)
+        check_attention(attention, SETUP, dist.group.WORLD)
     except MaskConformanceError as error:
         return str(error)
     return None

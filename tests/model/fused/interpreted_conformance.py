@@ -8,10 +8,15 @@ import torch
 import torch.nn.functional as F
 
 from megatron_glm.model.attention import backends
+from megatron_glm.model.attention.conformance import AttentionSetup
 from megatron_glm.model.fused import conformance, cross_entropy, geglu, residual_norm, rotary
 from megatron_glm.model.fused.conformance import KernelConformanceError, Widths, check_kernels
 
-WIDTHS = Widths(hidden=40, ffn=24, heads=2, dim=16, vocab=70)
+WIDTHS = Widths(hidden=40, ffn=24, vocab=70)
+SETUP = AttentionSetup(
+    backend="triton", batch=2, seq_length=40, heads=2, dim=16, max_samples=4, softmax_scale=0.25,
+    dropout_probability=0.1, dtype=torch.float32, device=torch.device("cpu"),
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -20,20 +25,20 @@ def small(monkeypatch):
     monkeypatch.setitem(backends.BACKENDS, "triton", ("cpu",))
 
 
-def check(dtype=torch.float32, **parts):
-    check_kernels(WIDTHS, dtype, torch.device("cpu"), attention_backend="triton", **parts)
+def check(**parts):
+    check_kernels(WIDTHS, SETUP, **parts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_right_kernels_pass(dtype):
     before = torch.get_rng_state()
-    check(dtype)
+    check_kernels(WIDTHS, SETUP._replace(dtype=dtype))
     assert torch.equal(before, torch.get_rng_state())
 
 
-def tanh_geglu(x, bias):
+def swiglu(x, bias):
     first, second = (x + bias).chunk(2, dim=-1)
-    return F.gelu(first, approximate="tanh") * second
+    return F.silu(first) * second
 
 
 def half_gradient(function):
@@ -47,7 +52,7 @@ def half_gradient(function):
 @pytest.mark.parametrize(
     "module, name, wrong, message",
     [
-        (geglu, "bias_geglu", tanh_geglu, "bias_geglu .* result 0 .* --no-glm-fused-kernels"),
+        (geglu, "bias_geglu", swiglu, "bias_geglu .* result 0 .* --no-glm-fused-kernels"),
         (rotary, "rotate_query_key_", half_gradient(rotary.rotate_query_key_), "gradient 0"),
         (residual_norm, "layer_norm", half_gradient(residual_norm.layer_norm), "gradient 0"),
         (cross_entropy, "vocab_parallel_cross_entropy",

@@ -12,8 +12,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 
+from megatron_glm.model import glm_model
+from megatron_glm.model.attention import conformance as mask_conformance
+from megatron_glm.model.attention import core_attention, flex
 from megatron_glm.model.dropout import draw_dropout, drop_channels
-from megatron_glm.model.fused import geglu, residual_norm, selection
+from megatron_glm.model.fused import conformance, geglu, residual_norm, selection
+from tests.model.attention.compiled_flex import compiled_flex
 from tests.model.building import build_glm
 
 SAMPLES = torch.tensor([[[10, 3], [16, 24]], [[0, 5], [9, 24]]], dtype=torch.int32)
@@ -84,3 +88,39 @@ def test_a_model_of_kernels_is_the_model_of_torch(is_training, monkeypatch):
     for name, value in exact.items():
         error = (actual[name] - value).abs().max()
         assert error <= 1e-5 * value.abs().max(), name
+
+
+@pytest.mark.parametrize("dropout, num_graphs", [(0.0, 1), (0.1, 2)])
+def test_checks_compile_the_attention_that_trains(dropout, num_graphs, monkeypatch):
+    """And no more, for one shape alone, whatever the micro-batches of evaluation are."""
+    monkeypatch.setattr(selection, "DEVICES", ("cpu",))
+    monkeypatch.setattr(glm_model, "DEVICES", ("cpu",))
+    monkeypatch.setattr(conformance, "NUM_TOKENS", 4)
+    for module in (core_attention, mask_conformance, conformance):
+        monkeypatch.setattr(module, "select_backend", lambda *_: flex.attention)
+    tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
+    # With heads of 8, 1 / sqrt(d) is not d ** -0.5, and a scale is compiled into a kernel.
+    (model,) = build_glm(num_layers=1, hidden_size=16, ffn_hidden_size=16, num_attention_heads=2,
+                         vocab_size=16, seq_length=16, attention_dropout=dropout,
+                         glm_attention_backend="flex")  # fmt: skip
+
+    def attend(batch):
+        positions = torch.arange(16).expand(batch, -1)
+        samples = torch.tensor([[[5, 2], [10, 16]]], dtype=torch.int32).expand(batch, -1, -1)
+        return model.decoder.layers[0].self_attention(
+            torch.randn(16, batch, 16), samples, rotary_pos_emb=model.rotary_table(positions)
+        )[0]
+
+    with compiled_flex(monkeypatch) as graphs:
+        for check in (glm_model.check_mask_conformance, glm_model.check_kernel_conformance):
+            check([model], micro_batch_size=2, max_samples=2)
+            assert len(graphs) == num_graphs
+        attend(2).sum().backward()
+        assert len(graphs) == num_graphs
+        model.eval()
+        with torch.no_grad():
+            for batch in (2, 3):
+                attend(batch)
+        model.train()
+        attend(2).sum().backward()
+        assert graphs == [True] * (num_graphs + 2)
