@@ -11,8 +11,8 @@ patches.apply()
 
 import argparse  # noqa: E402
 import statistics  # noqa: E402
-from collections.abc import Callable, Iterator, Sequence  # noqa: E402
-from typing import NamedTuple  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
+from functools import partial  # noqa: E402
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -21,141 +21,38 @@ from torch import Tensor  # noqa: E402
 from benchmarks.attention import DTYPES, timed  # noqa: E402
 from benchmarks.records import add_run_flags, reason, run_benchmark  # noqa: E402
 from megatron_glm.model.dropout import draw_dropout  # noqa: E402
-from megatron_glm.model.residual import Sum  # noqa: E402
-from megatron_glm.model.rotary import RotaryTable, rotate_query_key  # noqa: E402
+from megatron_glm.model.fused.operations import (  # noqa: E402
+    OPERATIONS,
+    Inputs,
+    Operation,
+    Sizes,
+)
 
-EPS, ALPHA = 1e-5, 12.0
 VARIANTS = ("fused", "torch", "compiled")
 # Bytes of the copy that is the yardstick, larger than any cache.
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}
-
-
-class Size(NamedTuple):
-    """What one GPU sees of a layer."""
-
-    tokens: int
-    hidden: int
-    ffn: int
-    heads: int
-    vocabulary: int
-
-
+# What one GPU sees of a layer.
 SIZES = {
-    "4096": Size(8192, 4096, 10880, 32, 50304),
-    "12288": Size(2048, 12288, 32768, 96, 150528),
-    "small": Size(256, 128, 352, 4, 1024),
+    "4096": Sizes(8192, 4096, 10880, 32, 128, 50304),
+    "12288": Sizes(2048, 12288, 32768, 96, 128, 150528),
+    "small": Sizes(256, 128, 352, 4, 32, 1024),
+}
+# Of each operation the width of the tensor in whose passes over memory the work is counted, and how
+# many of them the forward and the backward pass cannot do without.
+PASSES = {
+    "residual_norm": ("hidden", 4, 5),
+    "residual_sum": ("hidden", 3, 3),
+    "layer_norm": ("hidden", 2, 4),
+    "bias_geglu": ("ffn", 3, 5),
+    "rotate_query_key_": ("hidden", 4, 6),
+    "vocab_parallel_cross_entropy": ("vocab", 1, 2),
 }
 
 
-class Operation(NamedTuple):
-    """Two ways to the same result, and the inputs for both."""
-
-    fused: Callable
-    torch: Callable
-    leaves: Sequence[Tensor]
-    """Arguments of both, whose gradients are taken."""
-    elements: int
-    """Of the tensor in whose passes over memory the work is counted."""
-    forward: int
-    """Passes that the forward pass cannot do without."""
-    backward: int
-
-
-Draw = Callable[..., Tensor]
-
-
-def residual_norm(size: Size, draw: Draw, rate: float) -> Operation:
-    from megatron_glm.model.fused.residual_norm import residual_norm
-
-    x, residual = (draw(size.tokens, 1, size.hidden) for _ in range(2))
-    bias, weight, norm_bias = (draw(size.hidden) for _ in range(3))
-    dropout = draw_dropout(rate, x.device)
-
-    def fused(x, bias, residual, *norm):
-        return residual_norm(Sum(x, bias, residual, ALPHA, dropout), *norm, EPS)
-
-    def by_torch(x, bias, residual, weight, norm_bias):
-        z = residual + F.dropout(x + bias, rate)
-        y = F.layer_norm(z, weight.shape, weight, norm_bias, EPS)
-        return y, ALPHA * y
-
-    leaves = (x, bias, residual, weight, norm_bias)
-    return Operation(fused, by_torch, leaves, x.numel(), 4, 5)
-
-
-def residual_sum(size: Size, draw: Draw, rate: float) -> Operation:
-    from megatron_glm.model.fused.residual_norm import residual_sum
-
-    x, residual = (draw(size.tokens, 1, size.hidden) for _ in range(2))
-    dropout = draw_dropout(rate, x.device)
-
-    def fused(x, bias, residual):
-        return residual_sum(Sum(x, bias, residual, ALPHA, dropout))
-
-    def by_torch(x, bias, residual):
-        return residual + F.dropout(x + bias, rate)
-
-    return Operation(fused, by_torch, (x, draw(size.hidden), residual), x.numel(), 3, 3)
-
-
-def layer_norm(size: Size, draw: Draw, rate: float) -> Operation:
-    from megatron_glm.model.fused.residual_norm import layer_norm
-
-    leaves = draw(size.tokens, 1, size.hidden), draw(size.hidden), draw(size.hidden)
-
-    def by_torch(x, weight, bias):
-        y = F.layer_norm(x, weight.shape, weight, bias, EPS)
-        return y, ALPHA * y
-
-    return Operation(
-        lambda *leaves: layer_norm(*leaves, EPS), by_torch, leaves, leaves[0].numel(), 2, 4
-    )
-
-
-def bias_geglu(size: Size, draw: Draw, rate: float) -> Operation:
-    from megatron_glm.model.fused.geglu import bias_geglu
-
-    leaves = draw(size.tokens, 1, 2 * size.ffn), draw(2 * size.ffn)
-
-    def by_torch(x, bias):
-        first, second = (x + bias).chunk(2, dim=-1)
-        return F.gelu(first) * second
-
-    return Operation(bias_geglu, by_torch, leaves, leaves[0].numel() // 2, 3, 5)
-
-
-def rotary(size: Size, draw: Draw, rate: float) -> Operation:
-    from megatron_glm.model.fused.rotary import rotate_query_key_
-
-    dim = size.hidden // size.heads
-    mixed = draw(size.tokens, 1, size.heads, 3 * dim)
-    positions = torch.arange(size.tokens, device=mixed.device)[None]
-    rotation = RotaryTable(size.tokens, dim, 10000.0, "fp32")(positions)
-    return Operation(
-        lambda mixed: rotate_query_key_(mixed, rotation),
-        lambda mixed: rotate_query_key(mixed, rotation), (mixed,), mixed.numel() // 3, 4, 6,
-    )
-
-
-def cross_entropy(size: Size, draw: Draw, rate: float) -> Operation:
-    from megatron_glm.model.fused.cross_entropy import vocab_parallel_cross_entropy
-
-    logits = draw(size.tokens, 1, size.vocabulary)
-    target = torch.randint(size.vocabulary, (size.tokens, 1), device=logits.device)
-
-    def by_torch(logits):
-        return F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="none")
-
-    return Operation(
-        lambda logits: vocab_parallel_cross_entropy(logits, target), by_torch, (logits,),
-        logits.numel(), 1, 2,
-    )
-
-
-OPERATIONS = {
-    function.__name__: function
-    for function in (residual_norm, residual_sum, layer_norm, bias_geglu, rotary, cross_entropy)
-}
+def bytes_moved(name: str, sizes: Sizes, dtype: torch.dtype) -> int:
+    """What both passes of an operation cannot do without."""
+    width, forward, backward = PASSES[name]
+    return (forward + backward) * sizes.tokens * getattr(sizes, width) * dtype.itemsize
 
 
 def milliseconds(step: Callable[[], object], device: torch.device, repeats: int) -> float:
@@ -187,8 +84,8 @@ def copy_gb_per_s(device: torch.device, repeats: int) -> float:
 def measure(
     operation: Operation, variant: str, device: torch.device, repeats: int
 ) -> dict[str, float]:
-    """Milliseconds of the forward pass and of both, and GB/s of what both must move."""
-    function = operation.fused if variant == "fused" else operation.torch
+    """Milliseconds of the forward pass and of both."""
+    function = operation.kernel if variant == "fused" else operation.by_torch
     if variant == "compiled":
         torch._dynamo.reset()
         function = torch.compile(function)
@@ -199,9 +96,7 @@ def measure(
         torch.autograd.grad(_results(function(*leaves)), leaves, grads)
 
     forward_ms = milliseconds(lambda: function(*leaves), device, repeats)
-    ms = milliseconds(both, device, repeats)
-    moved = operation.elements * leaves[0].element_size() * (operation.forward + operation.backward)
-    return {"forward_ms": forward_ms, "ms": ms, "gb_per_s": 1e-6 * moved / ms}
+    return {"forward_ms": forward_ms, "ms": milliseconds(both, device, repeats)}
 
 
 def _results(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -210,25 +105,28 @@ def _results(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def run(arguments: argparse.Namespace) -> Iterator[dict]:
     """One row for each size, operation and variant."""
-    device = torch.device(arguments.device)
+    device, dtype = torch.device(arguments.device), DTYPES[arguments.dtype]
     yardstick = copy_gb_per_s(device, arguments.repeats)
     yield {"size": "", "operation": "copy", "variant": "torch", "gb_per_s": yardstick}
 
     def draw(*shape):
-        values = torch.randn(shape, device=device, dtype=DTYPES[arguments.dtype])
-        return values.requires_grad_()
+        return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
 
+    dropout = draw_dropout(arguments.dropout, device)
+    drop = partial(F.dropout, p=arguments.dropout)
     for size in arguments.sizes:
         for name in arguments.operations:
+            moved = bytes_moved(name, SIZES[size], dtype)
             for variant in arguments.variants:
                 row = {"size": size, "operation": name, "variant": variant}
                 try:
-                    operation = OPERATIONS[name](SIZES[size], draw, arguments.dropout)
+                    operation = OPERATIONS[name](Inputs(SIZES[size], draw, dropout, drop))
                     times = measure(operation, variant, device, arguments.repeats)
                 except (RuntimeError, ImportError) as error:
                     yield row | {"error": reason(error)}
                     continue
-                yield row | times | {"of_copy": times["gb_per_s"] / yardstick}
+                speed = 1e-6 * moved / times["ms"]
+                yield row | times | {"gb_per_s": speed, "of_copy": speed / yardstick}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -104,12 +104,17 @@ def check_kernel_conformance(
     model, layer = _first_layer(chunks)
     if layer is None or layer.self_attention.linear_qkv.weight.device.type not in DEVICES:
         return chunks
-    from megatron_glm.model.fused.conformance import Widths, check_kernels
+    from megatron_glm.model.fused.conformance import NUM_TOKENS, check_kernels
+    from megatron_glm.model.fused.operations import Sizes
 
     config, tp = model.config, model.pg_collection.tp.size()
+    setup = _attention_setup(model, layer, micro_batch_size, max_samples)
+    sizes = Sizes(
+        NUM_TOKENS, config.hidden_size, config.ffn_hidden_size // tp, setup.heads, setup.dim,
+        model.vocab_size // tp,
+    )  # fmt: skip
     check_kernels(
-        Widths(config.hidden_size, config.ffn_hidden_size // tp, model.vocab_size // tp),
-        _attention_setup(model, layer, micro_batch_size, max_samples),
+        sizes, setup,
         with_fused=config.glm_fused_kernels,
         with_weight_gradient=config.gradient_accumulation_fusion,
     )

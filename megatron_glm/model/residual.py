@@ -11,7 +11,7 @@ from typing import NamedTuple
 from megatron.core.fusions import fused_bias_dropout
 from torch import Tensor
 
-from megatron_glm.model.dropout import Dropout, draw_dropout, drop_channels
+from megatron_glm.model.dropout import Dropout, draw_dropout
 
 
 class ScaledResidual(NamedTuple):
@@ -34,10 +34,6 @@ class Sum:
     """As x."""
     alpha: float
     dropout: Dropout | None
-
-    def by_torch(self) -> Tensor:
-        """The sum by torch's operations, [..., h]: what kernels are measured against."""
-        return self.alpha * self.residual + drop_channels(self.x + self.bias, self.dropout)
 
 
 def get_bias_dropout_sum(training: bool, fused: bool) -> Callable[..., Tensor | Sum]:

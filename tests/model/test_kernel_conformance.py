@@ -5,9 +5,12 @@ import torch
 
 from megatron_glm.model import glm_model
 from megatron_glm.model.attention.conformance import AttentionSetup
-from megatron_glm.model.fused import conformance
 from tests.model.building import build_glm
 from tests.ranks import run_ranks
+
+pytest.importorskip("triton")
+from megatron_glm.model.fused import conformance  # noqa: E402
+from megatron_glm.model.fused.operations import Sizes  # noqa: E402
 
 pytestmark = pytest.mark.ranks
 
@@ -29,7 +32,7 @@ def test_widths_are_those_of_the_rank():
         [(arguments, parts)] = calls
         setup = AttentionSetup("chunked", 3, 96, 2, 16, 5, 0.25, 0.1, torch.float32,
                                torch.device("cpu"))  # fmt: skip
-        assert arguments == ((64, 88, 256), setup)
+        assert arguments == ((256, 64, 88, 2, 16, 256), setup)
         assert parts == {"with_fused": False, "with_weight_gradient": False}
 
 
@@ -42,7 +45,7 @@ def test_a_cpu_has_no_kernels():
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("backend", ["flex", "triton"])
 def test_this_machines_kernels_are_right(backend, dropout, dtype):
-    widths = conformance.Widths(hidden=4096, ffn=10880, vocab=50304)
+    sizes = Sizes(conformance.NUM_TOKENS, 4096, 10880, 32, 128, 50304)
     setup = AttentionSetup(backend, 2, 2048, 32, 128, 8, 128**-0.5, dropout, dtype,
                            torch.device("cuda"))  # fmt: skip
-    conformance.check_kernels(widths, setup)
+    conformance.check_kernels(sizes, setup)

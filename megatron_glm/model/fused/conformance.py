@@ -6,57 +6,42 @@ the others on a few tokens at the widths of the run.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_glm.errors import GLMError
 from megatron_glm.model.attention import chunked
 from megatron_glm.model.attention.backends import OWN_DROPOUT, select_backend
 from megatron_glm.model.attention.conformance import AttentionSetup, probe_samples
-from megatron_glm.model.dropout import Dropout
-from megatron_glm.model.residual import Sum
-from megatron_glm.model.rotary import RotaryTable, rotate_query_key
+from megatron_glm.model.dropout import Dropout, drop_channels
+from megatron_glm.model.fused.operations import OPERATIONS, Inputs, Operation, Sizes
 from megatron_glm.model.weight_gradient import wgrad_gemm_accum_fp32
 
 NUM_TOKENS = 256
-"""Tokens of a check but attention's; more than a tile of any kernel has."""
-ALPHA, EPS = 4.0, 1e-5
-SEED = (20221005, -7)
+"""Tokens enough for a check: more than a tile of any kernel has."""
+TF32 = 2e-3
+"""`floor` of products, which may be told to run in TF32."""
 
 
 class KernelConformanceError(GLMError):
     """A kernel that would train the model computes something else than its reference."""
 
 
-class Widths(NamedTuple):
-    """Sizes of this rank's part of the model: h, f / tp and v / tp."""
+class Check(NamedTuple):
+    """A kernel to compare with its reference."""
 
-    hidden: int
-    ffn: int
-    vocab: int
-
-
-class Operation(NamedTuple):
-    """A kernel, what it must equal, and tensors to ask both about."""
-
-    kernel: Callable
-    by_torch: Callable
-    leaves: tuple[Tensor, ...]
+    operation: Operation
     without: str = "--no-glm-fused-kernels"
     """The flag that trains without the kernel."""
     floor: float = 1e-4
     """Share of the largest element that an error may have in fp32."""
 
 
-TF32 = 2e-3
-"""`floor` of products, which may be told to run in TF32."""
-
-
 def check_kernels(
-    widths: Widths,
+    sizes: Sizes,
     attention: AttentionSetup,
     *,
     with_fused: bool = True,
@@ -64,10 +49,11 @@ def check_kernels(
 ) -> None:
     """Compare results and gradients of every kernel with its reference in fp32.
 
-    attention: as the run calls it; its heads, type and device are those of every kernel. A backend
-    of OWN_DROPOUT is compared without dropout. with_fused, with_weight_gradient: whether the run
-    has the fused kernels, and adds weight gradients in the product. An error may be a few roundings
-    of the largest element. Draws from a generator of its own.
+    sizes: of what the kernels but attention's get. attention: as the run calls it; its type and
+    device are those of every kernel. A backend of OWN_DROPOUT is compared without dropout.
+    with_fused, with_weight_gradient: whether the run has the fused kernels, and adds weight
+    gradients in the product. An error may be a few roundings of the largest element. Draws from a
+    generator of its own.
 
     Raises:
         KernelConformanceError: names the kernel, what of it is wrong, and the flag to go without.
@@ -78,82 +64,28 @@ def check_kernels(
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
-    operations = {f"attention backend {attention.backend}": _attention(attention, draw)}
+    checks = {f"attention backend {attention.backend}": _attention(attention, draw)}
     if with_weight_gradient:
-        operations["wgrad_gemm_accum_fp32"] = _weight_gradient(widths, draw)
+        checks["wgrad_gemm_accum_fp32"] = _weight_gradient(sizes, draw)
     if with_fused:
-        operations |= _fused(widths, attention, draw)
-    for name, operation in operations.items():
-        tolerance = max(4 * torch.finfo(dtype).eps, operation.floor)
+        dropout = _dropout(0.25, device)
+        inputs = Inputs(sizes, draw, dropout, partial(drop_channels, dropout=dropout))
+        checks |= {name: Check(make(inputs)) for name, make in OPERATIONS.items()}
+    for name, check in checks.items():
+        tolerance = max(4 * torch.finfo(dtype).eps, check.floor)
         try:
-            fault = _fault(operation, draw, tolerance)
+            fault = _fault(check.operation, draw, tolerance)
         # Whatever stops a kernel, the run can go on without it.
         except Exception as error:
             fault = f"stops with {type(error).__name__}: {str(error).partition(chr(10))[0]}"
         if fault is not None:
             raise KernelConformanceError(
-                f"kernel {name} on {device} in {dtype} {fault}. Train with {operation.without}, "
+                f"kernel {name} on {device} in {dtype} {fault}. Train with {check.without}, "
                 "and report this"
             )
 
 
-def _fused(widths: Widths, attention: AttentionSetup, draw: Callable) -> dict[str, Operation]:
-    from megatron_glm.model.fused.cross_entropy import vocab_parallel_cross_entropy
-    from megatron_glm.model.fused.geglu import bias_geglu
-    from megatron_glm.model.fused.residual_norm import layer_norm, residual_norm, residual_sum
-    from megatron_glm.model.fused.rotary import rotate_query_key_
-
-    h, device = widths.hidden, attention.device
-    x, residual = draw(NUM_TOKENS, 1, h), draw(NUM_TOKENS, 1, h)
-    mixed = draw(NUM_TOKENS, 1, attention.heads, 3 * attention.dim)
-    dropout = _dropout(0.25, device)
-    bias, norm = draw(h), (draw(h), draw(h))
-    target = torch.arange(NUM_TOKENS, device=device)[:, None] % widths.vocab
-    positions = torch.arange(NUM_TOKENS, device=device)[None]
-    rotation = RotaryTable(NUM_TOKENS, attention.dim, 10000.0, "fp32")(positions)
-
-    def added(x, bias, residual):
-        return Sum(x, bias, residual, ALPHA, dropout)
-
-    def norm_twice(z, weight, norm_bias):
-        y = F.layer_norm(z, weight.shape, weight, norm_bias, EPS)
-        return y, y
-
-    def geglu(x, bias):
-        first, second = (x + bias).chunk(2, dim=-1)
-        return F.gelu(first) * second
-
-    return {
-        "residual_norm": Operation(
-            lambda *leaves: residual_norm(added(*leaves[:3]), *leaves[3:], EPS),
-            lambda *leaves: norm_twice(added(*leaves[:3]).by_torch(), *leaves[3:]),
-            (x, bias, residual, *norm),
-        ),
-        "residual_sum": Operation(
-            lambda *leaves: residual_sum(added(*leaves)),
-            lambda *leaves: added(*leaves).by_torch(), (x, bias, residual),
-        ),
-        "layer_norm": Operation(
-            lambda *leaves: layer_norm(*leaves, EPS), norm_twice, (x, *norm)
-        ),
-        "bias_geglu": Operation(
-            bias_geglu, geglu, (draw(NUM_TOKENS, 1, 2 * widths.ffn), draw(2 * widths.ffn))
-        ),
-        "rotate_query_key_": Operation(
-            lambda mixed: rotate_query_key_(mixed, rotation),
-            lambda mixed: rotate_query_key(mixed, rotation), (mixed,),
-        ),
-        "vocab_parallel_cross_entropy": Operation(
-            lambda logits: vocab_parallel_cross_entropy(logits, target),
-            lambda logits: F.cross_entropy(
-                logits.flatten(0, 1), target.flatten(), reduction="none"
-            ).view_as(target),
-            (draw(NUM_TOKENS, 1, widths.vocab),),
-        ),
-    }  # fmt: skip
-
-
-def _attention(setup: AttentionSetup, draw: Callable) -> Operation:
+def _attention(setup: AttentionSetup, draw: Callable) -> Check:
     batch, seq_length, dim = setup.batch, setup.seq_length, setup.dim
     samples = probe_samples(batch, seq_length, setup.max_samples).to(setup.device)
     rate = 0.0 if setup.backend in OWN_DROPOUT else setup.dropout_probability
@@ -164,16 +96,16 @@ def _attention(setup: AttentionSetup, draw: Callable) -> Operation:
             *mixed.split(dim, dim=-1), samples, softmax_scale=setup.softmax_scale, dropout=dropout
         )
 
-    return Operation(
+    operation = Operation(
         lambda mixed: attend(select_backend(setup.backend, mixed.device.type), mixed),
         # At the length of a run the whole mask may be too large.
         lambda mixed: attend(chunked.attention, mixed),
         (draw(seq_length, batch, setup.heads, 3 * dim),),
-        "another --glm-attention-backend", TF32,
-    )  # fmt: skip
+    )
+    return Check(operation, "another --glm-attention-backend", TF32)
 
 
-def _weight_gradient(widths: Widths, draw: Callable) -> Operation:
+def _weight_gradient(sizes: Sizes, draw: Callable) -> Check:
     def kernel(x, grad):
         main_grad = torch.ones(grad.shape[-1], x.shape[-1], dtype=torch.float32, device=x.device)
         with torch.no_grad():
@@ -181,15 +113,14 @@ def _weight_gradient(widths: Widths, draw: Callable) -> Operation:
         return main_grad.to(x.dtype)
 
     # Of a part, since the gradient of a whole matrix may be a GB.
-    x, grad = (draw(NUM_TOKENS, min(widths.hidden, 1024)) for _ in range(2))
-    return Operation(
-        kernel, lambda x, grad: 1 + grad.t() @ x, (x, grad),
-        "--no-gradient-accumulation-fusion", TF32,
-    )  # fmt: skip
+    x, grad = (draw(sizes.tokens, min(sizes.hidden, 1024)) for _ in range(2))
+    operation = Operation(kernel, lambda x, grad: 1 + grad.t() @ x, (x, grad))
+    return Check(operation, "--no-gradient-accumulation-fusion", TF32)
 
 
 def _dropout(probability: float, device: torch.device) -> Dropout:
-    return Dropout(probability, torch.tensor(SEED, dtype=torch.int32, device=device))
+    seed = torch.tensor([20221005, -7], dtype=torch.int32, device=device)
+    return Dropout(probability, seed)
 
 
 def _fault(operation: Operation, draw: Callable, tolerance: float) -> str | None:

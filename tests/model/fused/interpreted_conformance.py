@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from megatron_glm.model.attention import backends
 from megatron_glm.model.attention.conformance import AttentionSetup
 from megatron_glm.model.fused import conformance, cross_entropy, geglu, residual_norm, rotary
-from megatron_glm.model.fused.conformance import KernelConformanceError, Widths, check_kernels
+from megatron_glm.model.fused.conformance import KernelConformanceError, check_kernels
+from megatron_glm.model.fused.operations import Sizes
 
-WIDTHS = Widths(hidden=40, ffn=24, vocab=70)
+SIZES = Sizes(tokens=32, hidden=40, ffn=24, heads=2, dim=16, vocab=70)
 SETUP = AttentionSetup(
     backend="triton", batch=2, seq_length=40, heads=2, dim=16, max_samples=4, softmax_scale=0.25,
     dropout_probability=0.1, dtype=torch.float32, device=torch.device("cpu"),
@@ -20,19 +21,18 @@ SETUP = AttentionSetup(
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
-    monkeypatch.setattr(conformance, "NUM_TOKENS", 32)
+def triton_on_a_cpu(monkeypatch):
     monkeypatch.setitem(backends.BACKENDS, "triton", ("cpu",))
 
 
 def check(**parts):
-    check_kernels(WIDTHS, SETUP, **parts)
+    check_kernels(SIZES, SETUP, **parts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_right_kernels_pass(dtype):
     before = torch.get_rng_state()
-    check_kernels(WIDTHS, SETUP._replace(dtype=dtype))
+    check_kernels(SIZES, SETUP._replace(dtype=dtype))
     assert torch.equal(before, torch.get_rng_state())
 
 
