@@ -46,7 +46,7 @@ class GLMRunArguments:
                                     "action": argparse.BooleanOptionalAction}},
     )
     """Perturb tokens on the real attention backend at start, and refuse to train where one that
-    must be visible is not, or one that must be hidden is seen. Takes under a second."""
+    must be visible is not, or one that must be hidden is seen."""
 
     kernel_conformance_check: bool = field(
         default=True,
