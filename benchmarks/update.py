@@ -21,8 +21,9 @@ from megatron.core.utils import (  # noqa: E402
 )
 
 from benchmarks.attention import timed  # noqa: E402
-from benchmarks.fused import SIZES, Size, copy_gb_per_s, milliseconds  # noqa: E402
+from benchmarks.fused import SIZES, copy_gb_per_s, milliseconds  # noqa: E402
 from benchmarks.records import Check, add_run_flags, reason, run_benchmark  # noqa: E402
+from megatron_glm.model.fused.operations import Sizes  # noqa: E402
 from megatron_glm.model.weight_gradient import wgrad_gemm_accum_fp32  # noqa: E402
 from megatron_glm.training import optimizer  # noqa: E402
 
@@ -31,7 +32,7 @@ from megatron_glm.training import optimizer  # noqa: E402
 STEP_BYTES = 4 + 8 + 28
 
 
-def matrices(size: Size) -> dict[str, tuple[int, int]]:
+def matrices(size: Sizes) -> dict[str, tuple[int, int]]:
     """Weights of a layer by name: rows (outputs) and columns (inputs)."""
     return {
         "linear_qkv": (3 * size.hidden, size.hidden),
@@ -41,7 +42,7 @@ def matrices(size: Size) -> dict[str, tuple[int, int]]:
     }
 
 
-def weight_gradients(arguments: argparse.Namespace, size: Size, device: torch.device) -> Iterator:
+def weight_gradients(arguments: argparse.Namespace, size: Sizes, device: torch.device) -> Iterator:
     """Rows of milliseconds and of what the fused form adds to the product alone."""
     for name, (rows, columns) in matrices(size).items():
         inputs, grad = (
@@ -87,7 +88,7 @@ def steps(weights: list[torch.Tensor]) -> dict[str, Callable[[], None]]:
     }  # fmt: skip
 
 
-def optimizer_step(arguments: argparse.Namespace, size: Size, device: torch.device) -> dict:
+def optimizer_step(arguments: argparse.Namespace, size: Sizes, device: torch.device) -> dict:
     """One row: milliseconds of a step of both forms."""
     weights = []
     for rows, columns in [*matrices(size).values()] * arguments.layers:
