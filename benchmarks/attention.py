@@ -8,9 +8,7 @@ that were compiled for the row. The dense reference stops at sequences of 4096.
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton import knobs
 
 from benchmarks.records import Check, add_run_flags, reason, run_benchmark
+from benchmarks.timing import timed
 from megatron_glm.model.attention.backends import BACKENDS, FASTEST, backends_of, load_backend
 from megatron_glm.model.attention.bounds import make_samples, sample_ranges
 from megatron_glm.model.dropout import draw_dropout
@@ -70,29 +69,6 @@ def causal_attention(query, key, value, samples, *, softmax_scale, dropout=None)
             q, k, v, dropout_p=rate, is_causal=True, scale=softmax_scale
         )
     return out.permute(2, 0, 1, 3).flatten(2)
-
-
-def timed(step: Callable[[], None], device: torch.device, repeats: int) -> float:
-    """Milliseconds of `step` after two warm-up calls (compilation, autotuning).
-
-    The median on a GPU; the least on a CPU, where other processes only ever add time.
-    """
-    for _ in range(2):
-        step()
-    times = []
-    for _ in range(repeats):
-        if device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            step()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(begin.elapsed_time(end))
-        else:
-            begin = time.perf_counter()
-            step()
-            times.append((time.perf_counter() - begin) * 1e3)
-    return statistics.median(times) if device.type == "cuda" else min(times)
 
 
 def measure(

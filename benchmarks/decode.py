@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.records import add_run_flags, reason, run_benchmark
+from benchmarks.timing import copy_gb_per_s
 from megatron_glm.checkpoint.quantization import QuantizedWeight, largest_code
 from megatron_glm.checkpoint.settings import Settings
 from megatron_glm.checkpoint.table import Dimensions, Tensor
@@ -86,13 +87,6 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second, read and written, of a copy that no cache holds."""
-    source = torch.ones(1 << (28 if device.type == "cpu" else 31), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / min(timed(lambda: target.copy_(source), device) for _ in range(7))
-
-
 def bytes_of_a_step(engine: Engine, batch: int, length: int) -> int:
     """What a step has to read: every weight, and keys and values of `length` tokens a row."""
     cache = 2 * batch * length * engine.num_heads * engine.head_dim * engine.dtype.itemsize
@@ -149,7 +143,7 @@ class Measurement:
 
 def run(arguments: argparse.Namespace) -> Iterator[dict]:
     """One row for each batch and form."""
-    bandwidth = copy_bandwidth(torch.device(arguments.device))
+    bandwidth = 1e9 * copy_gb_per_s(torch.device(arguments.device), repeats=7)
     engines: dict[str, Engine] = {}
     errors: dict[str, str] = {}
     for form in arguments.forms:

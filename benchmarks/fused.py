@@ -10,16 +10,16 @@ import patches
 patches.apply()
 
 import argparse  # noqa: E402
-import statistics  # noqa: E402
-from collections.abc import Callable, Iterator  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
 from functools import partial  # noqa: E402
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from benchmarks.attention import DTYPES, timed  # noqa: E402
+from benchmarks.attention import DTYPES  # noqa: E402
 from benchmarks.records import add_run_flags, reason, run_benchmark  # noqa: E402
+from benchmarks.timing import copy_gb_per_s, timed  # noqa: E402
 from megatron_glm.model.dropout import draw_dropout  # noqa: E402
 from megatron_glm.model.fused.operations import (  # noqa: E402
     OPERATIONS,
@@ -29,8 +29,6 @@ from megatron_glm.model.fused.operations import (  # noqa: E402
 )
 
 VARIANTS = ("fused", "torch", "compiled")
-# Bytes of the copy that is the yardstick, larger than any cache.
-COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}
 # What one GPU sees of a layer.
 SIZES = {
     "4096": Sizes(8192, 4096, 10880, 32, 128, 50304),
@@ -55,32 +53,6 @@ def bytes_moved(name: str, sizes: Sizes, dtype: torch.dtype) -> int:
     return (forward + backward) * sizes.tokens * getattr(sizes, width) * dtype.itemsize
 
 
-def milliseconds(step: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Time of the device for `step`, without the host's for launching it."""
-    if device.type != "cuda":
-        return timed(step, device, repeats)
-    for _ in range(3):
-        step()
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # Kernels wait behind this one, some 10 ms long, until all of them are in the queue.
-        torch.cuda._sleep(20_000_000)
-        begin.record()
-        step()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
-
-
-def copy_gb_per_s(device: torch.device, repeats: int) -> float:
-    """Bytes read and written a second by a copy."""
-    source = torch.zeros(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2e-6 * source.numel() / milliseconds(lambda: target.copy_(source), device, repeats)
-
-
 def measure(
     operation: Operation, variant: str, device: torch.device, repeats: int
 ) -> dict[str, float]:
@@ -95,8 +67,8 @@ def measure(
     def both():
         torch.autograd.grad(_results(function(*leaves)), leaves, grads)
 
-    forward_ms = milliseconds(lambda: function(*leaves), device, repeats)
-    return {"forward_ms": forward_ms, "ms": milliseconds(both, device, repeats)}
+    forward_ms = timed(lambda: function(*leaves), device, repeats, of_device=True)
+    return {"forward_ms": forward_ms, "ms": timed(both, device, repeats, of_device=True)}
 
 
 def _results(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.records import Check, add_run_flags, run_benchmark
-from benchmarks.training.rates import COPY_BYTES, NUM_COPIES
+from benchmarks.timing import COPY_BYTES
+from benchmarks.training.rates import NUM_COPIES
 from benchmarks.training.rounds import Entry, Plan, measure
 from benchmarks.training.step_plots import plot_components, plot_scaling
 from benchmarks.training.turns import Task

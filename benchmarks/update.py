@@ -20,9 +20,9 @@ from megatron.core.utils import (  # noqa: E402
     local_multi_tensor_scale,
 )
 
-from benchmarks.attention import timed  # noqa: E402
-from benchmarks.fused import SIZES, copy_gb_per_s, milliseconds  # noqa: E402
+from benchmarks.fused import SIZES  # noqa: E402
 from benchmarks.records import Check, add_run_flags, reason, run_benchmark  # noqa: E402
+from benchmarks.timing import copy_gb_per_s, timed  # noqa: E402
 from megatron_glm.model.fused.operations import Sizes  # noqa: E402
 from megatron_glm.model.weight_gradient import wgrad_gemm_accum_fp32  # noqa: E402
 from megatron_glm.training import optimizer  # noqa: E402
@@ -57,7 +57,7 @@ def weight_gradients(arguments: argparse.Namespace, size: Sizes, device: torch.d
         }
         row = {"operation": f"gradient of {name}"}
         try:
-            times = {form: milliseconds(step, device, arguments.repeats)
+            times = {form: timed(step, device, arguments.repeats, of_device=True)
                      for form, step in forms.items()}  # fmt: skip
         except RuntimeError as error:
             yield row | {"error": reason(error)}

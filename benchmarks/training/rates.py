@@ -10,10 +10,11 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.attention import DTYPES, causal_attention
+from benchmarks.timing import COPY_BYTES
 from benchmarks.training.turns import Task, Turns
 from benchmarks.training.work import Size, products
 
-COPY_BYTES, NUM_COPIES = {"cuda": 1 << 31, "cpu": 1 << 26}, 10
+NUM_COPIES = 10
 
 
 def run(task: Task, turns: Turns) -> None:

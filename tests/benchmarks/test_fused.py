@@ -20,7 +20,7 @@ def test_a_run_leaves_a_record(tmp_path, capsys):
 
 
 def test_speed_is_counted_in_passes_over_memory(monkeypatch):
-    monkeypatch.setattr(fused, "milliseconds", lambda *_: 2.0)
+    monkeypatch.setattr(fused, "timed", lambda *_, **of: 2.0)
     monkeypatch.setattr(fused, "copy_gb_per_s", lambda *_: 1.0)
     flags = ["--device", "cpu", "--operations", "bias_geglu", "rotate_query_key_"]
     _, geglu, rotary = fused.run(fused.parse(flags))
