@@ -47,6 +47,7 @@ from megatron_glm.training.batch import Batch, next_batch  # noqa: E402
 from megatron_glm.training.divergence import check_steps  # noqa: E402
 from megatron_glm.training.loss import LossParts, token_loss  # noqa: E402
 from megatron_glm.training.optimizer import provide_fused_optimizer  # noqa: E402
+from megatron_glm.training.save_errors import put_save_errors_in_words  # noqa: E402
 from megatron_glm.training.save_lock import saving_alone  # noqa: E402
 from megatron_glm.training.settings import (  # noqa: E402
     check_checkpoints,
@@ -180,6 +181,7 @@ def main() -> None:
     provide_fused_optimizer()
     check_steps(args)
     run_before_saves(store_ledger)
+    put_save_errors_in_words(args.save)
     with (
         exit_with_one_line(rank=args.rank),
         saving_alone(args.save, args.rank),

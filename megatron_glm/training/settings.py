@@ -13,10 +13,10 @@ import re
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import wraps
-from pathlib import Path
 from typing import NamedTuple
 
 from megatron_glm.errors import GLMError
+from megatron_glm.training.save_errors import whole_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -165,14 +165,11 @@ def check_samples_left(args: Namespace, train_samples: int) -> None:
 
 
 def _refuse_to_start_anew(flag: str, directory: str, may_be_new: bool) -> None:
-    # The last file of a checkpoint to be written: one without it does not count.
-    whole = [path.parent.name for path in Path(directory).glob("iter_*/metadata.json")]
-    if whole:
-        iteration = max(whole).removeprefix("iter_").lstrip("0")
+    if whole := whole_checkpoints(directory):
         raise CheckpointMismatchError(
-            f"{flag} {directory} holds checkpoints up to {max(whole)}, but not the file that names "
-            "the latest, so that the run would start anew and overwrite them: go on by `echo "
-            f"{iteration} >{directory}/latest_checkpointed_iteration.txt`, or give another "
+            f"{flag} {directory} holds checkpoints up to iteration {whole[-1]}, but not the file "
+            "that names the latest, so that the run would start anew and overwrite them: go on by "
+            f"`echo {whole[-1]} >{directory}/latest_checkpointed_iteration.txt`, or give another "
             "directory"
         )
     if not may_be_new:

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import resource
 import shutil
 from pathlib import Path
 
@@ -154,13 +155,36 @@ def test_a_directory_that_another_run_saves_into(corpus, tmp_path):
         assert "another run saves there" in refused(*corpus.flags, "--save", str(tmp_path))
 
 
+def refuse_to_write(flags: list[str]) -> str:
+    """As `refuse`, where no file may grow as large as a checkpoint, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, resource.RLIM_INFINITY))
+    return refuse(flags)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(corpus, checkpoint, tmp_path):
+    run = shutil.copytree(checkpoint, tmp_path / "run")
+    (run / "run.lock").unlink()
+    before = contents(run)
+    flags = [*TINY, *corpus.flags, "--load", str(run), "--save", str(run), "--train-iters", "5",
+             "--override-opt-param-scheduler"]  # fmt: skip
+    (message,) = run_ranks(refuse_to_write, flags, world_size=1, initialize=False)
+    assert f"--save {run}: a checkpoint cannot be written" in message
+    assert "GB are free" in message and "that of iteration 3 is whole" in message
+    after = contents(run)
+    assert {name: after[name] for name in before} == before
+    # What was begun is no checkpoint, and is written over when the run comes there again.
+    assert {Path(name).name for name in after.keys() - before.keys()} == {
+        "__0_0.distcp", "run.lock"
+    }
+
+
 @pytest.mark.parametrize("flags", [["--load", "{}", "--save", "{}"], ["--save", "{}"]], ids=len)
 def test_checkpoints_without_the_file_that_names_the_latest(corpus, checkpoint, tmp_path, flags):
     run = shutil.copytree(checkpoint, tmp_path / "run")
     tracker = run / "latest_checkpointed_iteration.txt"
     tracker.unlink()
     message = refused(*corpus.flags, *(flag.format(run) for flag in flags))
-    assert f"{run} holds checkpoints up to iter_0000003" in message
+    assert f"{run} holds checkpoints up to iteration 3" in message
     assert f"`echo 3 >{tracker}`" in message
     # One that was never finished is no checkpoint.
     (run / "iter_0000003" / "metadata.json").unlink()
