@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import patches
-from patches.__main__ import readme
 from patches.patch import CONDITIONS, Patch, PatchDriftError, Target, constant
 
 ROOT = Path(__file__).parents[2]
@@ -265,8 +264,3 @@ def test_the_list_names_target_state_and_reason_of_every_patch():
         assert patch.reason in text
         assert patch.upstream in text
         assert all(target.path in text for target in patch.targets)
-
-
-def test_the_page_about_the_patches_is_up_to_date():
-    page = ROOT / "patches" / "README.md"
-    assert page.read_text() == readme(), "python -m patches --readme > patches/README.md"
