@@ -1,10 +1,13 @@
-"""A start trusts the file that names the newest checkpoint, even one that a crash left empty."""
+"""Starts and saves trust the file that names the newest checkpoint, even one left empty."""
 
 import logging
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
 
 from patches.patch import Patch, Target
 
@@ -31,6 +34,31 @@ def newest_whole(read_metadata: Callable) -> Callable:
             return read_metadata(str(corrected))
 
     return read
+
+
+def mended_first(save_checkpoint: Callable) -> Callable:
+    """save_checkpoint that first has the file name a whole checkpoint, where it names none.
+
+    With --save-retain-interval Megatron reads there which checkpoint to delete.
+    """
+
+    @wraps(save_checkpoint)
+    def save(*args: Any, **kwargs: Any) -> Any:
+        from megatron.training import checkpointing
+
+        if torch.distributed.get_rank() == 0:
+            tracker = checkpointing.get_checkpoint_tracker_filename(checkpointing.get_args().save)
+            mend(Path(tracker))
+        return save_checkpoint(*args, **kwargs)
+
+    return save
+
+
+def mend(tracker: Path) -> None:
+    if tracker.exists() and best(tracker, named := tracker.read_text().strip()) != named:
+        mended = tracker.with_suffix(".new")
+        mended.write_text(best(tracker, named))
+        mended.replace(tracker)
 
 
 def best(tracker: Path, named: str) -> str:
@@ -73,13 +101,20 @@ def reproduces() -> bool:
 
 
 PATCH = Patch(
-    reason="the file is truncated and written in place: killed in between, the next start ends "
-    "with exit status 0 and has trained nothing, although older checkpoints are whole",
+    reason="the file is truncated and written in place: after a kill in between, or on a full "
+    "disk, the next start ends with exit status 0 and has trained nothing, although older "
+    "checkpoints are whole, and a save with --save-retain-interval stops",
     upstream="not reported",
     versions={"megatron-core": "==0.19.*"},
     when="always",
     targets=(
         Target("megatron.training.checkpointing:read_metadata", "4097e86b47f78c9b", newest_whole),
+        Target(
+            "megatron.training.checkpointing:save_checkpoint",
+            "b652984ca8c8309d",
+            mended_first,
+            also=("megatron.training.training:save_checkpoint",),
+        ),
     ),
     reproduces=reproduces,
 )

@@ -118,5 +118,7 @@ def test_a_kill_during_a_save_over_an_older_checkpoint_loses_that_only(tmp_path)
 def test_an_unusable_tracker_means_the_newest_whole_checkpoint(content, tmp_path):
     run(*stop_after(2, tmp_path), world_size=1)
     Path(tmp_path, "latest_checkpointed_iteration.txt").write_text(content)
-    (resumed,) = run("--load", str(tmp_path), world_size=1)
+    (resumed,) = run(*go_on(tmp_path, 2), "--save-retain-interval", "4", world_size=1)
     assert list(resumed) == [2, 3, 4, 5]
+    # What a save deletes is what the file named before.
+    assert {path.name for path in tmp_path.glob("iter_*")} == {"iter_0000004", "iter_0000006"}
