@@ -17,8 +17,8 @@ import torch  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.core.parallel_state import (  # noqa: E402
     get_data_parallel_group,
+    get_model_parallel_group,
     get_tensor_model_parallel_group,
-    get_tensor_model_parallel_rank,
     is_pipeline_first_stage,
 )
 from megatron.core.rerun_state_machine import get_rerun_state_machine  # noqa: E402
@@ -30,6 +30,7 @@ from megatron.training.argument_utils import (  # noqa: E402
     pretrain_cfg_container_from_args,
 )
 from megatron.training.global_vars import get_tokenizer  # noqa: E402
+from torch.distributed import ProcessGroup  # noqa: E402
 
 from megatron_glm.arguments import parse_glm_args, pin_padded_vocab_size  # noqa: E402
 from megatron_glm.data.builder import train_valid_test_datasets  # noqa: E402
@@ -43,8 +44,10 @@ from megatron_glm.model.glm_model import (  # noqa: E402
     check_kernel_conformance,
     check_mask_conformance,
 )
+from megatron_glm.training.agreement import ReadData  # noqa: E402
 from megatron_glm.training.batch import Batch, next_batch  # noqa: E402
 from megatron_glm.training.divergence import check_steps  # noqa: E402
+from megatron_glm.training.hooks import run_after_steps, run_before_saves  # noqa: E402
 from megatron_glm.training.loss import LossParts, token_loss  # noqa: E402
 from megatron_glm.training.optimizer import provide_fused_optimizer  # noqa: E402
 from megatron_glm.training.save_errors import put_save_errors_in_words  # noqa: E402
@@ -53,7 +56,6 @@ from megatron_glm.training.settings import (  # noqa: E402
     check_checkpoints,
     check_samples_left,
     current_settings,
-    run_before_saves,
     schedule_mismatch_in_words,
 )
 
@@ -89,23 +91,18 @@ def model_config_from_args(args: Namespace) -> GLMModelConfig:
 
 
 def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple:
-    """Train, validation and test datasets, on tensor parallel rank 0 of every stage.
-
-    Every stage and virtual stage reads its own batches, so each is given a dataset.
-    """
+    """Train, validation and test datasets, on every rank and for every virtual stage."""
     args = get_args()
     check_samples_left(args, num_samples[0])
     datasets = train_valid_test_datasets(
-        dataset_config_from_args(args, get_tokenizer()),
-        num_samples,
-        is_built_on_rank=lambda: get_tensor_model_parallel_rank() == 0,
+        dataset_config_from_args(args, get_tokenizer()), num_samples
     )
     if datasets[0] is not None:
         args.mix_state = datasets[0].mix.state_dict()
     return datasets
 
 
-# Every rank takes part: Megatron's builder lets rank 0 write the caches while the others wait.
+# On every rank, not just on the first of each tensor parallel group.
 datasets_provider.is_distributed = True
 
 
@@ -137,6 +134,15 @@ def store_ledger() -> None:
             print_rank_0(f" ledger | {line}")
 
 
+@cache
+def read_data() -> ReadData:
+    return ReadData()
+
+
+def compare_read_data(group: ProcessGroup, iteration: int) -> None:
+    read_data().compare(iteration, group, torch.cuda.current_device())
+
+
 def loss_func(batch: Batch, training: bool, losses: torch.Tensor) -> tuple:
     """Sum, number of targets and report of a micro-batch, as Megatron's schedules take them."""
     losses = losses.float()
@@ -151,7 +157,7 @@ def loss_func(batch: Batch, training: bool, losses: torch.Tensor) -> tuple:
     return loss, num_tokens, loss_parts()(losses.detach(), batch, training)
 
 
-def forward_step(data_iterator: Iterator | None, model: torch.nn.Module) -> tuple:
+def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple:
     """Runs one micro-batch through this stage; returns its output and the loss function of it."""
     args, timers = get_args(), get_timers()
     glm: GLMModel = unwrap_model(model)
@@ -164,13 +170,19 @@ def forward_step(data_iterator: Iterator | None, model: torch.nn.Module) -> tupl
         seq_length=args.seq_length,
         num_samples=args.max_samples_per_sequence,
         device=next(glm.parameters()).device,
-        tp_group=get_tensor_model_parallel_group(),
+        read_data=read_data(),
     )
+    if not read_data().is_compared:
+        # Before the first collective of tensor parallel ranks whose size follows the data.
+        compare_read_data(get_tensor_model_parallel_group(), args.iteration + 1)
     timers("batch-generator").stop()
     if glm.training and glm.pre_process:
         ledger().add(batch.objectives, batch.sources, batch.sample_ends, batch.loss_mask)
 
-    losses = model(batch.tokens, batch.position_ids, batch.samples, labels=batch.labels)
+    losses = model(
+        batch.tokens, batch.position_ids, batch.samples, labels=batch.labels,
+        target_rows=batch.target_rows if glm.post_process else None,
+    )  # fmt: skip
     return losses, partial(loss_func, batch, glm.training)
 
 
@@ -180,6 +192,7 @@ def main() -> None:
         print(f"patches applied: {', '.join(patches.apply())}", flush=True)
     provide_fused_optimizer()
     check_steps(args)
+    run_after_steps(lambda step, *_: compare_read_data(get_model_parallel_group(), step))
     run_before_saves(store_ledger)
     put_save_errors_in_words(args.save)
     with (

@@ -95,7 +95,7 @@ def build(prefix: str, seq_length: int, **fields: Any) -> MixedDataset:
         random_seed=1234, sequence_length=seq_length, tokenizer=bench_tokenizer(),
         blend=([prefix], None), split="100,0,0", **fields,
     )
-    return train_valid_test_datasets(config, [2 * RESTART_INDEX, 0, 0], lambda: True)[0]
+    return train_valid_test_datasets(config, [2 * RESTART_INDEX, 0, 0])[0]
 
 
 def seconds(function: Callable[[], Any]) -> float:

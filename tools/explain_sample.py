@@ -58,7 +58,7 @@ def build_dataset(args: argparse.Namespace, split: Split) -> tuple[MixedDataset,
     tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, args.text_scheme)
     config = dataset_config_from_args(args, tokenizer)
     num_samples = [1 if other == split else 0 for other in Split]
-    dataset = train_valid_test_datasets(config, num_samples, lambda: True)[split.value]
+    dataset = train_valid_test_datasets(config, num_samples)[split.value]
     if dataset is None:
         raise DataError(f"--of {split.name}: the flags give that split no data")
     return dataset, tokenizer

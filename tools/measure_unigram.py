@@ -73,7 +73,7 @@ def measure(args: argparse.Namespace, train_sequences: int) -> dict[str, float]:
     """Objective -> nats per held-out target of a run. train_sequences: those to count in."""
     config = dataset_config_from_args(args, args.glm_tokenizer)
     sizes = [train_sequences, args.eval_iters * args.eval_global_batch_size, 0]
-    *parts, _ = train_valid_test_datasets(config, sizes, lambda: True)
+    *parts, _ = train_valid_test_datasets(config, sizes)
     if None in parts:
         raise GLMError("--split or --valid-data-path: there is no held-out data; give it a share")
     counts = [

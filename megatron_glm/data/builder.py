@@ -55,29 +55,20 @@ class MixedDataset(torch.utils.data.Dataset):
 
 
 def train_valid_test_datasets(
-    config: GLMDatasetConfig,
-    num_samples: list[int | None],
-    is_built_on_rank: Callable[[], bool],
+    config: GLMDatasetConfig, num_samples: list[int | None]
 ) -> tuple:
     """Builds the datasets of a run on Megatron's builder; all ranks must call it.
 
     num_samples: sequences of each split, None for one epoch, 0 for a split that is not used.
-    is_built_on_rank: whether this rank reads data.
 
-    Returns train, valid, test: a MixedDataset, or None for a split without data and on a rank that
-    reads none. Validation is a list with --multiple-validation-sets. Raises DataError on files or
-    flags that cannot be used.
+    Returns train, valid, test: a MixedDataset, or None for a split without data. Validation is a
+    list with --multiple-validation-sets. Raises DataError on files or flags that cannot be used.
     """
-    return tuple(
-        _build_split(config, split, num_samples[split.value], is_built_on_rank) for split in Split
-    )
+    return tuple(_build_split(config, split, num_samples[split.value]) for split in Split)
 
 
 def _build_split(
-    config: GLMDatasetConfig,
-    split: Split,
-    num_samples: int | None,
-    is_built_on_rank: Callable[[], bool],
+    config: GLMDatasetConfig, split: Split, num_samples: int | None
 ) -> MixedDataset | list[MixedDataset] | None:
     blend = config.blend if config.blend is not None else config.blend_per_split[split.value]
     if blend is None or num_samples == 0:
@@ -85,9 +76,7 @@ def _build_split(
 
     def build(cls: type, blend: tuple | None) -> dict[str, tuple[Source, float | None]]:
         prefixes, weights = blend or ([], None)
-        # Every rank builds, for Megatron's builder waits for all.
-        datasets = [_build(cls, config, prefix, split, num_samples, is_built_on_rank)
-                    for prefix in prefixes]
+        datasets = [_build(cls, config, prefix, split, num_samples) for prefix in prefixes]
         return _with_data(datasets, weights or [None] * len(prefixes), split)
 
     text, multitask = build(GLMDataset, blend), build(
@@ -206,7 +195,6 @@ def _build(
     prefix: str,
     split: Split,
     num_samples: int | None,
-    is_built_on_rank: Callable[[], bool],
 ) -> Source | None:
     """One split of one prefix by Megatron's builder, which lets rank 0 go first."""
     sizes: list[int | None] = [0, 0, 0]
@@ -222,4 +210,4 @@ def _build(
             config,
             blend_per_split=[([prefix], None) if other == split else None for other in Split],
         )
-    return BlendedMegatronDatasetBuilder(cls, sizes, is_built_on_rank, only).build()[split.value]
+    return BlendedMegatronDatasetBuilder(cls, sizes, lambda: True, only).build()[split.value]

@@ -14,6 +14,7 @@ from megatron.core.pipeline_parallel.utils import (
     is_vp_last_stage,
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerLayer
 from megatron.core.utils import unwrap_model
 from megatron.training.models.gpt import GPTModelBuilder
@@ -24,6 +25,7 @@ from megatron_glm.model.embedding import GradientShrink, shrink_alpha
 from megatron_glm.model.fused.selection import DEVICES, uses_kernels
 from megatron_glm.model.layer_spec import glm_block_spec
 from megatron_glm.model.rotary import RotaryTable
+from megatron_glm.model.target_rows import select_rows, spread_rows
 from megatron_glm.model.weight_gradient import provide_weight_gradient_kernels
 
 # It tells users of GPTModel to move to another class, at every start and on every stage.
@@ -33,11 +35,13 @@ logging.getLogger(GPTModel.__module__).setLevel(logging.ERROR)
 class GLMModel(GPTModel):
     """One pipeline stage of a GLM.
 
-    `forward(input_ids, position_ids, attention_mask, labels=None)` is GPTModel's, with
-    input_ids, position_ids, labels [b, s] int64 and, in the place of a mask, `attention_mask` =
-    the samples of each sequence, [b, 2, k] int32: row 0 their context lengths, row 1 their ends
+    `forward(input_ids, position_ids, attention_mask, labels=None, target_rows=None)` is GPTModel's,
+    with input_ids, position_ids, labels [b, s] int64 and, in the place of a mask, `attention_mask`
+    = the samples of each sequence, [b, 2, k] int32: row 0 their context lengths, row 1 their ends
     (see megatron_glm/model/attention/bounds.py). Returns per-token losses [b, s] or, without
     labels, logits [b, s, v / tp]; hidden states [s, b, h] on a stage that is not the last.
+    `target_rows` [n] int64: the rows of [s * b, h] whose losses are wanted, the others being 0
+    (see megatron_glm/model/target_rows.py).
     """
 
     def __init__(self, *args, **kwargs):
@@ -53,6 +57,10 @@ class GLMModel(GPTModel):
             # A fused weight gradient goes around autograd and so around the shrink.
             if self.post_process:
                 self.output_layer.gradient_accumulation_fusion = False
+                if self.output_layer.sequence_parallel:
+                    # Hidden states are gathered before, so that targets can be selected.
+                    self.output_layer.sequence_parallel = False
+                    self.output_layer.allreduce_dgrad = True
             self.gradient_shrink = GradientShrink(
                 self.shared_embedding_or_output_weight(), shrink_alpha(self.config, 0)
             )
@@ -62,11 +70,37 @@ class GLMModel(GPTModel):
         if self.gradient_shrink is not None:
             self.gradient_shrink.alpha = shrink_alpha(self.config, consumed_samples)
 
+    def forward(self, *args, target_rows: Tensor | None = None, **kwargs) -> Tensor:
+        if target_rows is not None:
+            kwargs |= {
+                "output_processor": self._losses_of_targets,
+                "output_processor_context": target_rows,
+            }
+        return super().forward(*args, **kwargs)
+
     def _preprocess(self, input_ids, position_ids, *args, **kwargs):
         decoder_input, _, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
         # Full length under sequence parallelism too: queries and keys are gathered before they
         # are rotated.
         return decoder_input, self.rotary_table(position_ids), *rest
+
+    def _postprocess(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        if self.post_process and self.config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=self.tp_group
+            )
+        return super()._postprocess(hidden_states, *args, **kwargs)
+
+    def _losses_of_targets(
+        self, *, hidden_states: Tensor, output_layer, output_weight, labels, context, **_
+    ) -> Tensor:
+        """Losses [b, s] of hidden states [s, b, h], 0 in rows other than context = target_rows."""
+        rows = select_rows(hidden_states.flatten(0, 1), context)
+        logits, _ = output_layer(rows[:, None], weight=output_weight)
+        row_labels = labels.t().flatten().index_select(0, context)
+        row_losses = self.compute_language_model_loss(row_labels[None], logits)
+        losses = spread_rows(row_losses[0], context, labels.numel())
+        return losses.view(labels.t().shape).t().contiguous()
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Loss of every token, fp32 [b, s]; labels [b, s], logits [s, b, v / tp]."""

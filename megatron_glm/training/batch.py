@@ -1,13 +1,14 @@
-"""A micro-batch on its way from the data loader to every tensor parallel rank."""
+"""A micro-batch on its way from the data loader to the device."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from megatron_glm.model.attention.bounds import make_samples
+from megatron_glm.model.target_rows import num_rows, rows_of_targets
+from megatron_glm.training.agreement import ReadData
 
 # Per token, then per sample of the pack: the order of the columns in the packed tensor.
 TOKEN_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
@@ -31,11 +32,18 @@ class Batch:
     sample_ends: Tensor  # [b, k] int64
     objectives: Tensor  # [b, k] int64, the Objective of each sample
     sources: Tensor  # [b, k] int64, the index of the corpus that each sample is from
+    num_targets: int  # of all sequences: the sum of loss_mask, known to the host
 
     @property
     def samples(self) -> Tensor:
         """What the model takes for a mask: [b, 2, k] int32, context lengths and ends."""
         return make_samples(self.context_lengths, self.sample_ends)
+
+    @property
+    def target_rows(self) -> Tensor:
+        """Of which hidden states, [s * b, h], the model computes logits: [n] int64."""
+        size = num_rows(self.num_targets, self.loss_mask.numel())
+        return rows_of_targets(self.loss_mask, size)
 
     def per_token(self, per_sample: Tensor) -> Tensor:
         """Spreads a value of each sample, [b, k], to its tokens, [b, s]."""
@@ -47,49 +55,51 @@ class Batch:
 
 
 def pack_columns(batch: dict[str, Tensor]) -> Tensor:
-    """Collated dataset items as one int64 tensor [b, 4s + 4k]: one broadcast instead of eight."""
+    """Collated dataset items as one int64 tensor [b, 4s + 4k]: one upload instead of eight."""
     return torch.cat([batch[key].long() for key in (*TOKEN_KEYS, *SAMPLE_KEYS)], dim=1)
 
 
-def unpack_columns(packed: Tensor, seq_length: int, num_samples: int) -> Batch:
+def unpack_columns(
+    packed: Tensor, *, seq_length: int, num_samples: int, num_targets: int
+) -> Batch:
     """Inverse of `pack_columns` for s = seq_length and k = num_samples."""
     widths = [seq_length] * len(TOKEN_KEYS) + [num_samples] * len(SAMPLE_KEYS)
     columns = dict(zip((*TOKEN_KEYS, *SAMPLE_KEYS), packed.split(widths, dim=1), strict=True))
     # Contiguous: searchsorted copies other layouts at every call, with a warning.
     columns = {key: value.contiguous() for key, value in columns.items()}
-    return Batch(**columns | {"loss_mask": columns["loss_mask"].float()})
+    columns["loss_mask"] = columns["loss_mask"].float()
+    return Batch(**columns, num_targets=num_targets)
 
 
 def next_batch(
-    data_iterator: Iterator | None,
+    data_iterator: Iterator,
     *,
     micro_batch_size: int,
     seq_length: int,
     num_samples: int,
     device: torch.device,
-    tp_group: ProcessGroup,
+    read_data: ReadData,
 ) -> Batch:
-    """Takes the next micro-batch on tensor parallel rank 0 and gives it to its group.
+    """The next micro-batch of this rank's data loader, on the device.
 
-    data_iterator: over collated dataset items on tensor parallel rank 0, None on the others.
-    Every pipeline stage reads its own, so nothing of it travels between stages; the shape is
-    fixed, which saves a broadcast of sizes and the device synchronisation that reading them takes.
+    Every rank reads its own, tensor parallel ranks and pipeline stages alike: nothing of it
+    travels, and each host knows how many targets there are, which it could not read from the
+    device without waiting. `read_data` takes note of it, for ranks to compare.
     """
+    columns = next(data_iterator)
+    packed = pack_columns(columns)
     width = len(TOKEN_KEYS) * seq_length + len(SAMPLE_KEYS) * num_samples
-    if data_iterator is None:
-        packed = torch.empty((micro_batch_size, width), dtype=torch.int64, device=device)
-    else:
-        packed = pack_columns(next(data_iterator))
-        if packed.shape != (micro_batch_size, width):
-            raise ValueError(
-                f"the data loader gave a micro-batch of shape {tuple(packed.shape)}, expected "
-                f"{(micro_batch_size, width)}: --seq-length and --max-samples-per-sequence must be "
-                "those that the dataset was built with"
-            )
-        packed = _upload(packed, device)
-    if tp_group.size() > 1:
-        torch.distributed.broadcast(packed, group_src=0, group=tp_group)
-    return unpack_columns(packed, seq_length, num_samples)
+    if packed.shape != (micro_batch_size, width):
+        raise ValueError(
+            f"the data loader gave a micro-batch of shape {tuple(packed.shape)}, expected "
+            f"{(micro_batch_size, width)}: --seq-length and --max-samples-per-sequence must be "
+            "those that the dataset was built with"
+        )
+    read_data.add(packed)
+    return unpack_columns(
+        _upload(packed, device), seq_length=seq_length, num_samples=num_samples,
+        num_targets=int(columns["loss_mask"].sum()),
+    )  # fmt: skip
 
 
 def _upload(packed: Tensor, device: torch.device) -> Tensor:

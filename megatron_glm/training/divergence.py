@@ -2,10 +2,11 @@
 
 import math
 from argparse import Namespace
-from collections.abc import Callable
-from functools import wraps
+
+from torch import Tensor
 
 from megatron_glm.errors import GLMError
+from megatron_glm.training.hooks import run_after_steps
 
 
 class DivergenceError(GLMError):
@@ -23,20 +24,19 @@ def check_steps(args: Namespace) -> None:
     micro-batch and twice a bucket of gradients. A step that finds NaN has changed the weights by
     the time it is seen, but nothing was saved since.
     """
-    from megatron.training import training
-
     if not args.check_for_nan_in_loss_and_grad or args.rerun_mode != "disabled":
         return
     args.check_for_nan_in_loss_and_grad = False
-    training.train_step = _checked(training.train_step)
+    run_after_steps(check_step)
 
 
-def check_step(iteration: int, loss: float, grad_norm: float | None) -> None:
-    """Raises DivergenceError where one of the two is not finite.
+def check_step(iteration: int, losses: dict[str, Tensor], grad_norm: float | None) -> None:
+    """Raises DivergenceError where loss or gradient is not finite; what `run_after_steps` calls.
 
-    loss: of the whole step, on the last pipeline stage; 0 elsewhere. grad_norm: the same on every
-    rank; None where the step was skipped.
+    Of the losses, "lm loss" is that of the whole step. grad_norm is the same on every rank.
     """
+    # The device has nothing left to do by now: the step has waited for the weights.
+    loss = float(losses["lm loss"]) if losses else 0.0
     for value, name in ((loss, "loss"), (grad_norm or 0.0, "gradient")):
         if not math.isfinite(value):
             raise DivergenceError(
@@ -46,16 +46,3 @@ def check_step(iteration: int, loss: float, grad_norm: float | None) -> None:
                 "--override-opt-param-scheduler), or another --seed to see other data",
                 is_everywhere=grad_norm is not None and not math.isfinite(grad_norm),
             )
-
-
-def _checked(train_step: Callable) -> Callable:
-    @wraps(train_step)
-    def step(*args, **kwargs):
-        report = train_step(*args, **kwargs)
-        losses, grad_norm = report[0], report[5]
-        # The device has nothing left to do by now: train_step has waited for the weights.
-        loss = float(losses["lm loss"]) if losses else 0.0
-        check_step(kwargs["iteration"] + 1, loss, grad_norm)
-        return report
-
-    return step

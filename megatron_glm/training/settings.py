@@ -11,8 +11,7 @@ import logging
 import os
 import re
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from functools import wraps
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from megatron_glm.errors import GLMError
@@ -137,20 +136,6 @@ def schedule_mismatch_in_words(directory: str | None) -> Iterator[None]:
             f"{there} there, {here} here; give --override-opt-param-scheduler to go on by the "
             "flags, or --use-checkpoint-opt-param-scheduler by what was stored"
         ) from error
-
-
-def run_before_saves(action: Callable[[], None]) -> None:
-    """Has every rank call `action` before each save, for which Megatron has no hook."""
-    from megatron.training import training
-
-    save = training.save_checkpoint_and_time
-
-    @wraps(save)
-    def save_after_action(*args, **kwargs):
-        action()
-        return save(*args, **kwargs)
-
-    training.save_checkpoint_and_time = save_after_action
 
 
 def check_samples_left(args: Namespace, train_samples: int) -> None:

@@ -20,7 +20,7 @@ def prefix(tmp_path):
 
 def first_sequence(prefix):
     train, _, _ = train_valid_test_datasets(
-        make_config(prefix, sequence_length=256), [10, 0, 0], lambda: True
+        make_config(prefix, sequence_length=256), [10, 0, 0]
     )
     return [train[index] for index in range(60)]
 

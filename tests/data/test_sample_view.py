@@ -31,7 +31,7 @@ def train(tmp_path_factory):
     prompts = write_prompts(folder / "qa", random_prompts(0, 100))
     config = make_config(text, sequence_length=256, multitask_data_path=[prompts],
                          multitask_ratio=0.3, gpt_prob=0.4, sentence_mask_prob=0.2)
-    return train_valid_test_datasets(config, [1000, 0, 0], lambda: True)[0]
+    return train_valid_test_datasets(config, [1000, 0, 0])[0]
 
 
 def ids(text):

@@ -24,7 +24,7 @@ def train(tmp_path_factory):
     text = write_documents(folder / "text", random_documents(0, 300, 400))
     prompts = write_prompts(folder / "qa", random_prompts(0, 400))
     config = make_config(text, multitask_data_path=[prompts], multitask_ratio=0.1)
-    return train_valid_test_datasets(config, [1000, 0, 0], lambda: True)[0]
+    return train_valid_test_datasets(config, [1000, 0, 0])[0]
 
 
 def test_statistics_are_those_of_the_batches(train):

@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from megatron.core import parallel_state
 
+from megatron_glm.training.agreement import ReadData
 from megatron_glm.training.batch import (
     SAMPLE_KEYS,
     TOKEN_KEYS,
+    Batch,
     next_batch,
     pack_columns,
     unpack_columns,
 )
-from tests.ranks import run_ranks
 
 SEQUENCE, ROWS = 12, 4
 
@@ -27,45 +27,44 @@ def collated(seed: int = 0) -> dict[str, torch.Tensor]:
     return batch
 
 
+def unpack(batch: dict[str, torch.Tensor]) -> Batch:
+    return unpack_columns(
+        pack_columns(batch), seq_length=SEQUENCE, num_samples=ROWS,
+        num_targets=int(batch["loss_mask"].sum()),
+    )  # fmt: skip
+
+
 def test_unpacking_restores_every_column():
     batch = collated()
-    unpacked = unpack_columns(pack_columns(batch), SEQUENCE, ROWS)
+    unpacked = unpack(batch)
     for key, value in batch.items():
         restored = getattr(unpacked, key)
         assert restored.dtype == value.dtype and torch.equal(restored, value), key
 
 
 def test_per_token_spreads_by_sample():
-    batch = unpack_columns(pack_columns(collated()), SEQUENCE, ROWS)
+    batch = unpack(collated())
     assert batch.per_token(batch.sources).tolist() == [
         [3] * 5 + [1] * 7,
         [0, 1] + [2] * 7 + [-1] * 3,
     ]
 
 
-def batch_of_this_rank() -> dict[str, torch.Tensor]:
-    group = parallel_state.get_tensor_model_parallel_group()
-    iterator = iter([collated(seed=5)]) if group.rank() == 0 else None
-    batch = next_batch(iterator, micro_batch_size=2, seq_length=SEQUENCE, num_samples=ROWS,
-                       device=torch.device("cpu"), tp_group=group)
-    return vars(batch)
+def test_the_next_batch_is_that_of_the_loader_and_noted():
+    batches, read = iter([collated(5), collated(6)]), ReadData()
+    options = dict(micro_batch_size=2, seq_length=SEQUENCE, num_samples=ROWS,
+                   device=torch.device("cpu"), read_data=read)
+    for seed in (5, 6):
+        batch, expected = next_batch(batches, **options), collated(seed)
+        assert all(torch.equal(getattr(batch, key), expected[key]) for key in expected)
+        assert batch.num_targets == int(expected["loss_mask"].sum())
+    noted = ReadData()
+    for seed in (6, 5):
+        noted.add(pack_columns(collated(seed)))
+    assert read.checksum == noted.checksum != ReadData().checksum
 
 
-@pytest.mark.ranks
-def test_every_tensor_parallel_rank_has_the_batch_of_the_first():
-    expected = collated(seed=5)
-    for batch in run_ranks(batch_of_this_rank, world_size=2, tensor_model_parallel_size=2):
-        for key, value in expected.items():
-            assert torch.equal(batch[key], value), key
-
-
-@pytest.mark.ranks
 def test_a_batch_of_another_shape_names_the_flags():
-    run_ranks(refuse_other_shape, world_size=1)
-
-
-def refuse_other_shape() -> None:
     with pytest.raises(ValueError, match="--seq-length and --max-samples-per-sequence"):
         next_batch(iter([collated()]), micro_batch_size=2, seq_length=SEQUENCE + 1,
-                   num_samples=ROWS, device=torch.device("cpu"),
-                   tp_group=parallel_state.get_tensor_model_parallel_group())
+                   num_samples=ROWS, device=torch.device("cpu"), read_data=ReadData())

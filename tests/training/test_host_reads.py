@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_glm.training.agreement import ReadData
 from megatron_glm.training.batch import TOKEN_KEYS, next_batch
 from tests.host_reads import HostReads
 from tests.ranks import run_ranks
@@ -31,9 +32,19 @@ WHOLE_STEP = {
     f"_local_scalar_dense at {TRAINING}:train": 1,
 }
 LAST_STAGE = {
-    "_local_scalar_dense at megatron_glm/training/divergence.py:step": 1,
+    "_local_scalar_dense at megatron_glm/training/divergence.py:check_step": 1,
     f"tensor at {TRAINING}:training_log": OBJECTIVES,
 }
+# What a model's ranks have read is compared when all is done.
+SEVERAL_RANKS_A_MODEL = {
+    "tensor at megatron_glm/training/agreement.py:compare": 1,
+    "tolist at megatron_glm/training/agreement.py:compare": 1,
+}
+# Of each micro-batch, before it is uploaded: it lies on the host on a GPU too.
+FROM_THE_LOADER = (
+    "_local_scalar_dense at megatron_glm/training/batch.py:next_batch",
+    "numpy at megatron_glm/training/agreement.py:add",
+)
 SCALED = {
     "_local_scalar_dense at megatron/core/optimizer/optimizer.py:"
     "_unscale_main_grads_and_check_for_nan": 1,
@@ -91,7 +102,9 @@ def test_a_step_waits_at_known_places_only(corpus, name):
     every_rank = run_ranks(reads_of_a_step, [*flags, *layout], world_size=world_size,
                            initialize=False)
     for rank, sites in enumerate(every_rank):
-        expected = dict(WHOLE_STEP)
+        expected = WHOLE_STEP | dict.fromkeys(FROM_THE_LOADER, 2 if name.startswith("dp 2") else 4)
+        if name == "tp 2, pp 2":
+            expected |= SEVERAL_RANKS_A_MODEL
         if name == "fp16":
             # Its loss scaler looks for NaN, so the check does not.
             expected |= SCALED | {f"tensor at {TRAINING}:training_log": OBJECTIVES}
@@ -130,10 +143,9 @@ def test_a_batch_is_uploaded_from_pinned_memory(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x.shape) or x)
     columns = {key: torch.ones(2, 5 if key in TOKEN_KEYS else 3) for key in
                (*TOKEN_KEYS, "context_lengths", "sample_ends", "objectives", "sources")}
-    group = torch.distributed.ProcessGroup(0, 1)
     for device, expected in (("cpu", []), ("cuda", [(2, 4 * 5 + 4 * 3)])):
         next_batch(iter([columns]), micro_batch_size=2, seq_length=5, num_samples=3,
-                   device=torch.device(device), tp_group=group)
+                   device=torch.device(device), read_data=ReadData())
         assert pinned == expected
 
 

@@ -22,7 +22,9 @@ def make_batch(objectives, sources, ends):
                        strict=True))
     packed = torch.cat([*columns.values(), *samples.values()], dim=1)
     losses = torch.rand(rows, width, generator=generator)
-    return unpack_columns(packed, width, len(ends[0])), losses
+    batch = unpack_columns(packed, seq_length=width, num_samples=len(ends[0]),
+                           num_targets=int(mask.sum()))
+    return batch, losses
 
 
 def parts(*sources):
