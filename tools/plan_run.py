@@ -39,7 +39,7 @@ from megatron_glm.planning import report  # noqa: E402
 from megatron_glm.planning.cluster import Cluster, Efficiency, find_gpu  # noqa: E402
 from megatron_glm.planning.job import PlanError, job_from_args  # noqa: E402
 from megatron_glm.planning.memory import GIB, Overheads  # noqa: E402
-from megatron_glm.planning.operations import Objective, visible_share  # noqa: E402
+from megatron_glm.planning.operations import Objective, shares  # noqa: E402
 from megatron_glm.planning.plan import Plan, Run  # noqa: E402
 from megatron_glm.planning.search import best_plans  # noqa: E402
 
@@ -150,7 +150,7 @@ def vocabulary_of(args: argparse.Namespace) -> int:
 
 
 def run_from(own: argparse.Namespace, args: argparse.Namespace) -> Run:
-    """How long the run is, and what its mask leaves."""
+    """How long the run is, and what its samples leave of the work."""
     samples = args.train_samples
     if own.train_tokens:
         samples = round(own.train_tokens / args.seq_length)
@@ -158,7 +158,7 @@ def run_from(own: argparse.Namespace, args: argparse.Namespace) -> Run:
         samples = args.train_iters * args.global_batch_size
     objective = Objective(**{item.name: getattr(args, item.name) for item in fields(Objective)})
     ramp = args.rampup_batch_size
-    return Run(samples, tuple(map(int, ramp)) if ramp else None, visible_share(objective))
+    return Run(samples, tuple(map(int, ramp)) if ramp else None, shares(objective))
 
 
 def print_plan(plan: Plan) -> None:

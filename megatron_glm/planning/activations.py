@@ -93,8 +93,9 @@ def embedding(job: Job) -> Kept:
 
 
 def logits(job: Job) -> Kept:
-    """Bytes that final norm, logits and loss keep."""
-    _, split_tokens, _, _, h = _sizes(job)
+    """Bytes that final norm, logits and loss keep of a micro-batch in which every token is a
+    target, the most that there may be; most have half as many."""
+    tokens, split_tokens, _, _, h = _sizes(job)
     v = job.padded_vocab_size // job.tensor_model_parallel_size
     # Megatron's loss keeps the softmax, ours the logits that it came from, and two sums of each.
     loss = job.element_size if job.glm_fused_kernels else FP32
@@ -102,9 +103,9 @@ def logits(job: Job) -> Kept:
     return {
         "final norm's input": h * split_tokens,
         "final norm's statistics": 2 * split_tokens // job.element_size * FP32,
-        "logits' input": h * split_tokens,
+        "targets' hidden states": h * tokens,
         "logits": v * job.tokens * loss,
-        "targets": job.tokens * (INT64 + sums),
+        "targets": job.tokens * (2 * INT64 + sums),
     }
 
 

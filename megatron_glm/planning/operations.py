@@ -5,6 +5,7 @@ A multiplication with an addition is two operations. Backward passes take twice 
 
 from dataclasses import dataclass
 from math import exp
+from typing import NamedTuple
 
 from megatron_glm.planning.job import Job
 from megatron_glm.planning.parameters import parameters_of_model
@@ -105,17 +106,29 @@ class Objective:
     aggregated_samples_per_sequence: int = 4
 
 
-def visible_share(objective: Objective) -> float:
-    """Expected share of all pairs of a sequence's tokens in which the query sees the key.
+class Shares(NamedTuple):
+    """What the samples of a run leave of a step's work; as it stands, those of a causal model."""
 
-    A causal mask has one half. Of a sample whose context is the share x, (1 + x^2) / 2 of its
-    pairs are seen. Instruction data and sequences that are cut short (2%) are left out.
+    visible: float = 0.5
+    """Of all pairs of a sequence's tokens, those in which the query sees the key."""
+    targets: float = 1.0
+    """Of the tokens, those whose logits are computed."""
+
+
+def shares(objective: Objective) -> Shares:
+    """Expected shares. Instruction data and sequences that are cut short (2%) are left out.
+
+    Of a sample whose context is the share x, (1 + x^2) / 2 of its pairs are seen, and 1 - x of its
+    tokens are targets.
     """
     # [gMASK]: x is uniform from 0 to 1 - min_gmask_ratio.
-    gmask = (1 + (1 - objective.min_gmask_ratio) ** 2 / 3) / 2
+    longest = 1 - objective.min_gmask_ratio
+    gmask = Shares((1 + longest**2 / 3) / 2, 1 - longest / 2)
     # [MASK]: spans of Poisson length, 0 left out, each of which a sample repeats behind `sop`.
     span = objective.average_block_length / (1 - exp(-objective.average_block_length))
     spans = objective.mask_prob / span
     context = (1 - objective.mask_prob + spans) / (1 + 2 * spans)
-    mask = (1 + context**2) / 2 / objective.aggregated_samples_per_sequence
-    return objective.gpt_prob * gmask + (1 - objective.gpt_prob) * mask
+    mask = Shares((1 + context**2) / 2 / objective.aggregated_samples_per_sequence, 1 - context)
+    mean = (objective.gpt_prob * g + (1 - objective.gpt_prob) * m
+            for g, m in zip(gmask, mask, strict=True))
+    return Shares(*mean)

@@ -6,7 +6,7 @@ from functools import cached_property
 from megatron_glm.planning.cluster import Cluster
 from megatron_glm.planning.job import Job, PlanError
 from megatron_glm.planning.memory import GIB, MemoryForecast, Overheads, rank_memory
-from megatron_glm.planning.operations import hardware_operations, model_operations
+from megatron_glm.planning.operations import Shares, hardware_operations, model_operations
 from megatron_glm.planning.schedule import stage_layers
 from megatron_glm.planning.step_time import StepTime, step_time, train_seconds
 
@@ -24,8 +24,7 @@ class Run:
     """Sequences of the whole run; None where it has no end."""
     ramp: tuple[int, int, int] | None = None
     """--rampup-batch-size."""
-    visible_share: float = 0.5
-    """Of the pairs of a sequence's tokens, what the mask leaves."""
+    shares: Shares = Shares()
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Plan:
     @cached_property
     def time(self) -> StepTime:
         """Of a step after the ramp of the batch."""
-        return step_time(self.job, self.cluster, self.run.visible_share)
+        return step_time(self.job, self.cluster, self.run.shares)
 
     @property
     def tokens_per_second(self) -> float:
@@ -94,7 +93,7 @@ class Plan:
             return None
         return (
             train_seconds(
-                self.job, self.cluster, self.run.visible_share, self.run.samples, self.run.ramp
+                self.job, self.cluster, self.run.shares, self.run.samples, self.run.ramp
             )
             / DAY
         )

@@ -166,7 +166,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "flags": flags(plan.job),
         "cluster": asdict(plan.cluster),
         "overheads": asdict(plan.overheads),
-        "visible_share": plan.run.visible_share,
+        "shares": plan.run.shares._asdict(),
         "parameters": parameters_of_model(plan.job),
         "operations_forward": asdict(forward),
         "memory": [

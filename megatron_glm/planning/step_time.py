@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from megatron_glm.planning.cluster import Cluster
 from megatron_glm.planning.job import Job
 from megatron_glm.planning.operations import (
+    Shares,
     layer_matrices,
     recomputed_attention_share,
     recomputed_share,
@@ -69,16 +70,13 @@ class StepTime:
         return self.passes.total + self.bubble + self.data_links + self.optimizer
 
 
-def step_time(job: Job, cluster: Cluster, visible_share: float) -> StepTime:
-    """Forecast of a step after the ramp of the batch.
-
-    visible_share: of the pairs of a sequence's tokens, the share that the mask leaves.
-    """
+def step_time(job: Job, cluster: Cluster, shares: Shares) -> StepTime:
+    """Forecast of a step after the ramp of the batch."""
     p = job.pipeline_model_parallel_size
     # Between the first and the last, all stages are alike.
     stages = range(p) if p <= 3 else (0, 1, p - 1)
-    layer = layer_passes(job, cluster, visible_share)
-    each = {stage: stage_passes(job, cluster, stage, layer) for stage in stages}
+    layer = layer_passes(job, cluster, shares)
+    each = {stage: stage_passes(job, cluster, stage, layer, shares) for stage in stages}
     slowest = max(each.values(), key=lambda passes: passes.total)
     all_stages = sum(each[stage].total for stage in stages)
     all_stages += (p - len(each)) * each[min(1, p - 1)].total
@@ -92,12 +90,12 @@ def step_time(job: Job, cluster: Cluster, visible_share: float) -> StepTime:
     )
 
 
-def layer_passes(job: Job, cluster: Cluster, visible_share: float) -> Passes:
+def layer_passes(job: Job, cluster: Cluster, shares: Shares) -> Passes:
     """One layer on one rank, one micro-batch."""
     t, tokens, e = job.tensor_model_parallel_size, job.tokens, job.element_size
     weights = sum(inputs * outputs for inputs, outputs in layer_matrices(job)) // t
     products = 2 * tokens * weights * (3 + recomputed_share(job)) / cluster.product_rate
-    pairs = tokens * job.seq_length * visible_share
+    pairs = tokens * job.seq_length * shares.visible
     # The backward pass of a kernel that keeps no scores computes them again: 2.5 times forward.
     attention_passes = 3.5 + recomputed_attention_share(job)
     attention = 4 * pairs * job.attention_size / t * attention_passes / cluster.attention_rate
@@ -150,39 +148,47 @@ def _tensor_links(job: Job, cluster: Cluster) -> float:
     scatters them twice, which is as many bytes. Backward, what gathers gradients waits; what
     reduces those of the columns goes beside the weights' gradients.
     """
-    t = job.tensor_model_parallel_size
-    hidden = job.tokens * job.hidden_size * job.element_size
-    one_way = hidden * (t - 1) / t / cluster.link_rate(t)
+    one_way = _one_way(job, cluster)
     forward = 4 * one_way * (1 + recomputed_share(job))
     return forward + (2 * one_way if job.sequence_parallel else 0.0)
 
 
-def stage_passes(job: Job, cluster: Cluster, stage: int, layer: Passes) -> Passes:
+def _one_way(job: Job, cluster: Cluster) -> float:
+    """Seconds to gather hidden states over tensor parallel ranks, or to scatter them."""
+    t = job.tensor_model_parallel_size
+    hidden = job.tokens * job.hidden_size * job.element_size
+    return hidden * (t - 1) / t / cluster.link_rate(t)
+
+
+def stage_passes(job: Job, cluster: Cluster, stage: int, layer: Passes, shares: Shares) -> Passes:
     """One micro-batch on all chunks of a stage. layer: of one layer."""
     passes = layer * sum(stage_layers(job)[stage])
     for chunk in range(job.num_chunks):
         passes += _between_chunks(job, cluster)
         if is_last(job, stage, chunk):
-            passes += logits_passes(job, cluster)
+            passes += logits_passes(job, cluster, shares)
         if is_first(job, stage, chunk):
             passes += _embedding_passes(job, cluster)
     return passes
 
 
-def logits_passes(job: Job, cluster: Cluster) -> Passes:
-    """Logits and loss of one micro-batch."""
-    t, tokens, e = job.tensor_model_parallel_size, job.tokens, job.element_size
+def logits_passes(job: Job, cluster: Cluster, shares: Shares) -> Passes:
+    """Logits and loss of the targets of one micro-batch."""
+    t, e, h = job.tensor_model_parallel_size, job.element_size, job.hidden_size
+    # In sixteenths of a micro-batch, up to which their number is rounded.
+    targets = job.tokens * min(1.0, shares.targets + 1 / 32)
     v = job.padded_vocab_size // t
-    weights = v * job.hidden_size
     # The loss reads the logits, and reads them again to write their gradient; without kernels it
-    # works on a copy in fp32 in seven passes. The gradient of the tied weight is written, shrunk
-    # and added.
+    # works on a copy in fp32 in seven passes. Hidden states are selected, their gradients spread
+    # over zeros. The gradient of the tied weight is written, shrunk and added.
     loss = 3 * e if job.glm_fused_kernels else 2 * e + 7 * FP32
+    moved = targets * v * loss + (4 * targets + job.tokens) * h * e
     gradient = 4 * e + _accumulation_bytes(job)
     return Passes(
-        products=6 * tokens * weights / cluster.product_rate,
-        memory=(tokens * v * loss + weights * gradient) / cluster.memory_rate,
-        tensor_links=_tensor_links(job, cluster) / 2,
+        products=6 * targets * v * h / cluster.product_rate,
+        memory=(moved + v * h * gradient) / cluster.memory_rate,
+        # Backward, the reduction goes beside the weight's gradient.
+        tensor_links=_one_way(job, cluster) if job.sequence_parallel else 0.0,
     )
 
 
@@ -248,7 +254,7 @@ def optimizer_seconds(job: Job, cluster: Cluster, stage: int) -> float:
 def train_seconds(
     job: Job,
     cluster: Cluster,
-    visible_share: float,
+    shares: Shares,
     samples: int,
     ramp: tuple[int, int, int] | None = None,
 ) -> float:
@@ -256,7 +262,7 @@ def train_seconds(
 
     ramp: --rampup-batch-size: first batch size, increment, and sequences until the last.
     """
-    full = step_time(job, cluster, visible_share).step
+    full = step_time(job, cluster, shares).step
     if ramp is None:
         return samples / job.global_batch_size * full
     start, increment, ramp_samples = ramp
@@ -269,5 +275,5 @@ def train_seconds(
             global_batch_size=max(size // whole, 1) * whole,
             virtual_pipeline_model_parallel_size=None,
         )
-        seconds += each / size * step_time(smaller, cluster, visible_share).step
+        seconds += each / size * step_time(smaller, cluster, shares).step
     return seconds + (samples - ramp_samples) / job.global_batch_size * full

@@ -61,7 +61,7 @@ def logits(job: Job) -> dict[str, int]:
             held - freed + (logits_bytes if is_widened else 0) + hidden + _weight(job, v)
         ),
     }
-    freed = kept["logits"] + kept["logits' input"]
+    freed = kept["logits"] + kept["targets' hidden states"]
     # Autograd's gradient of the tied weight, and the same shrunk.
     moments["gradient shrink of logits"] = held - freed + split_hidden + 2 * _weight(job, v)
     return moments

@@ -184,9 +184,11 @@ def _forward_step(job: Job, stage: int):
     def forward_step(_, model):
         chunk = unwrap_model(model).vp_stage or 0
         ids = torch.empty(b, s, dtype=torch.int64, device=META)
+        # The most that a micro-batch may have: every token a target.
+        targets = {"labels": ids, "target_rows": torch.empty_like(ids).flatten()}
         output = model(
             ids if is_first(job, stage, chunk) else None, ids, samples,
-            labels=ids if is_last(job, stage, chunk) else None,
+            **(targets if is_last(job, stage, chunk) else {}),
         )  # fmt: skip
         count = torch.ones((), dtype=torch.int32)
         return output, lambda losses: (losses.float().sum(), count, {})

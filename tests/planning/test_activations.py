@@ -53,7 +53,10 @@ def measure_on_a_rank(sequence_parallel: bool, dtype: str, options: dict) -> int
     tokens = torch.randint(256, (2, 64))
     positions = torch.arange(64).expand(2, -1)
     samples = torch.tensor([[[20], [64]]] * 2, dtype=torch.int32)
-    return kept_by_autograd(model, lambda: model(tokens, positions, samples, labels=tokens))
+    rows = torch.arange(tokens.numel())
+    return kept_by_autograd(
+        model, lambda: model(tokens, positions, samples, labels=tokens, target_rows=rows)
+    )
 
 
 @pytest.mark.ranks

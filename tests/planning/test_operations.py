@@ -8,11 +8,12 @@ from megatron_glm.data.builder import train_valid_test_datasets
 from megatron_glm.model.attention.bounds import dense_mask, make_samples
 from megatron_glm.planning.operations import (
     Objective,
+    Shares,
     forward_operations,
     hardware_operations,
     model_operations,
     paper_operations_per_token,
-    visible_share,
+    shares,
 )
 from tests.data.corpora import make_config, random_documents, write_documents
 from tests.model.building import build_glm
@@ -77,22 +78,24 @@ def test_the_papers_way_of_counting_gives_the_same():
 
 
 @pytest.mark.parametrize("gpt_prob", [0.0, 0.7, 1.0])
-def test_the_visible_share_is_that_of_real_batches(tmp_path, gpt_prob):
+def test_the_shares_are_those_of_real_batches(tmp_path, gpt_prob):
     text = write_documents(tmp_path / "text", random_documents(0, 100, 800))
     config = make_config(text, gpt_prob=gpt_prob, short_seq_prob=0.0, single_span_prob=0.0)
-    train = train_valid_test_datasets(config, [200, 0, 0], lambda: True)[0]
-    shares = []
+    train = train_valid_test_datasets(config, [200, 0, 0])[0]
+    measured = []
     for index in range(100):
         batch = train[index]
         samples = make_samples(
             torch.as_tensor(batch["context_lengths"])[None],
             torch.as_tensor(batch["sample_ends"])[None],
         )
-        shares.append(dense_mask(samples, len(batch["tokens"])).float().mean().item())
-    expected = visible_share(Objective(gpt_prob=gpt_prob))
-    spread = torch.tensor(shares).std() / len(shares) ** 0.5
-    assert torch.tensor(shares).mean() == pytest.approx(expected, abs=0.003 + 3 * float(spread))
+        visible = dense_mask(samples, len(batch["tokens"])).float().mean().item()
+        measured.append((visible, float(batch["loss_mask"].mean())))
+    measured = torch.tensor(measured)
+    spread = measured.std(dim=0) / len(measured) ** 0.5
+    expected = torch.tensor(shares(Objective(gpt_prob=gpt_prob)))
+    assert ((measured.mean(dim=0) - expected).abs() < 0.003 + 3 * spread).all()
 
 
-def test_every_pair_of_a_causal_mask_would_be_half():
-    assert visible_share(Objective(gpt_prob=1.0, min_gmask_ratio=1.0)) == 0.5
+def test_a_context_of_nothing_makes_a_causal_model():
+    assert shares(Objective(gpt_prob=1.0, min_gmask_ratio=1.0)) == Shares()

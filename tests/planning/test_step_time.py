@@ -6,12 +6,13 @@ import pytest
 
 from megatron_glm.planning.cluster import Cluster, Efficiency, find_gpu
 from megatron_glm.planning.job import Job, PlanError
+from megatron_glm.planning.operations import Shares
 from megatron_glm.planning.plan import Plan, Run
 from megatron_glm.planning.schedule import bubble_share
 from megatron_glm.planning.step_time import layer_passes, step_time, train_seconds
 from tests.planning.jobs import FULL, GLM_130B
 
-CAUSAL = 0.5
+CAUSAL = Shares()
 PAPER = Cluster(find_gpu("A100-40G"), 96)
 
 
@@ -22,7 +23,7 @@ def test_one_h200_trains_as_fast_as_was_measured():
         padded_vocab_size=50304, seq_length=2048, micro_batch_size=4, global_batch_size=4,
         hidden_dropout=0.0, attention_dropout=0.0,
     )  # fmt: skip
-    plan = Plan(job, Cluster(find_gpu("H200"), 1, 1), Run(visible_share=CAUSAL))
+    plan = Plan(job, Cluster(find_gpu("H200"), 1, 1), Run(shares=CAUSAL))
     assert plan.tokens_per_second == pytest.approx(31_270, rel=0.05)
 
 
@@ -37,7 +38,7 @@ def test_a_published_run_of_megatron_is_met():
         virtual_pipeline_model_parallel_size=3, data_parallel_size=8, global_batch_size=2240,
         accumulate_allreduce_grads_in_fp32=False, dtype="fp16", glm_fused_kernels=False, **FULL,
     )  # fmt: skip
-    plan = Plan(job, Cluster(find_gpu("A100-80G"), 280), Run(visible_share=CAUSAL))
+    plan = Plan(job, Cluster(find_gpu("A100-80G"), 280), Run(shares=CAUSAL))
     assert plan.mfu == pytest.approx(0.421, rel=0.05)
 
 
