@@ -28,7 +28,7 @@ from benchmarks.records import Check, add_run_flags, run_benchmark
 from benchmarks.training.job import LAYOUTS, WHOLE_JOB, Layout, Links, Times, job_row
 from benchmarks.training.rounds import Entry, Plan, measure
 from benchmarks.training.turns import Task
-from benchmarks.training.work import model_flops, square_pairs
+from benchmarks.training.work import formula_load, model_flops
 from megatron_glm.planning.job import Job
 from megatron_glm.planning.memory import rank_memory
 
@@ -70,7 +70,7 @@ def stage_row(
     optimizer = statistics.median(report["optimizer_s"] for report in reports)
     step = statistics.median(report["seconds"] for report in reports)
     micro_batch = (step - optimizer) / layout.size.num_micro_batches
-    flops = model_flops(size, square_pairs(size)) / layout.tensor / size.num_micro_batches
+    flops = model_flops(size, formula_load(size)) / layout.tensor / size.num_micro_batches
     row = {
         "stage": stage,
         "layers": layout.num_layers(stage),

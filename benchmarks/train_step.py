@@ -32,14 +32,15 @@ from benchmarks.training.rounds import Entry, Plan, measure
 from benchmarks.training.step_plots import plot_components, plot_scaling
 from benchmarks.training.turns import Task
 from benchmarks.training.work import (
+    Load,
     Rates,
     Size,
     attention_flops,
-    causal_pairs,
+    causal_load,
+    formula_load,
     model_flops,
     predicted_seconds,
     product_flops,
-    square_pairs,
 )
 
 
@@ -136,7 +137,7 @@ class Table:
         seconds = statistics.median(report["seconds"] for report in reports)
         work = {
             "products": product_flops(self.size),
-            "attention": attention_flops(self.size, causal_pairs(self.size)),
+            "attention": attention_flops(self.size, causal_load(self.size)),
             "copy": 2 * NUM_COPIES * COPY_BYTES[reports[0]["device"]],
         }[variant]
         self.rates[variant] = work / seconds
@@ -146,23 +147,25 @@ class Table:
     def _speed(self, reports: list[dict]) -> dict[str, Any]:
         size = self.size
         seconds = statistics.median(report["seconds"] for report in reports)
-        pairs = [report.get("pairs", causal_pairs(size)) for report in reports]
+        loads = [report.get("load", causal_load(size)) for report in reports]
         speed = statistics.median(
-            model_flops(size, each) / report["seconds"]
-            for each, report in zip(pairs, reports, strict=True)
+            model_flops(size, load) / report["seconds"]
+            for load, report in zip(loads, reports, strict=True)
         )
+        load = Load(*map(statistics.mean, zip(*loads, strict=True)))
         row = {
             "parameters": reports[0]["parameters"],
             "ms": seconds * 1e3,
             "tflops": speed / 1e12,
             "tokens_per_s": size.num_tokens / seconds,
-            "of_square_mask": statistics.mean(pairs) / square_pairs(size),
+            "of_square_mask": load.pairs / formula_load(size).pairs,
+            "targets_of_tokens": load.targets / size.num_tokens,
         }
         if "products" in self.rates:
             row["of_products"] = speed / self.rates["products"]
         if len(self.rates) == len(Rates._fields):
             rates = Rates(*(self.rates[name] for name in MODELS[RATES].variants))
-            predicted = predicted_seconds(size, statistics.mean(pairs), rates)
+            predicted = predicted_seconds(size, load, rates)
             row |= {"predicted_ms": predicted * 1e3, "of_predicted": seconds / predicted}
         if "peak_gib" in reports[0]:
             row["peak_gib"] = max(report["peak_gib"] for report in reports)
@@ -187,6 +190,10 @@ def judge(rows: list[dict[str, Any]], preset: str) -> list[Check]:
             Check("TFLOP/s (figure 1)", value("glm"), 600),
             Check("times the compiled Llama's TFLOP/s (figure 1)", ratio("glm", "llama"), 1.15),
             Check("times stock Megatron's TFLOP/s (figure 1)", ratio("glm", "stock"), 2.1),
+            Check("times the compiled Llama's tokens/s (figure 1)",
+                  ratio("glm", "llama", "tokens_per_s"), 1.15),
+            Check("times stock Megatron's tokens/s (figure 1)",
+                  ratio("glm", "stock", "tokens_per_s"), 2.1),
             Check("step over what the mask's work explains of a causal step (figure 3)",
                   ratio("causal", "glm"), 1.03, is_floor=False),
             Check("peak memory of stock Megatron's (figure 7)",

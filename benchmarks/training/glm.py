@@ -31,7 +31,7 @@ def run(task: Task, turns: Turns) -> None:
         batch = next_batch(*args, **kwargs)
         if turns.variant == CAUSAL:
             batch = without_context(batch)
-        turns.saw(batch.samples)
+        turns.saw(batch.samples, batch.num_targets)
         return batch
 
     pretrain_glm.next_batch = next_noted_batch
@@ -47,8 +47,11 @@ def flags(task: Task) -> list[str]:
 
 
 def without_context(batch: Batch) -> Batch:
-    """The same tokens as one sample a sequence, each token seeing what precedes it."""
-    ends = torch.full_like(batch.sample_ends, batch.tokens.shape[1])
+    """The same tokens as one sample a sequence, each token seeing what precedes it and a target."""
     return replace(
-        batch, context_lengths=torch.zeros_like(batch.context_lengths), sample_ends=ends
+        batch,
+        context_lengths=torch.zeros_like(batch.context_lengths),
+        sample_ends=torch.full_like(batch.sample_ends, batch.tokens.shape[1]),
+        loss_mask=torch.ones_like(batch.loss_mask),
+        num_targets=batch.tokens.numel(),
     )

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from benchmarks.training.work import Size, model_flops, num_weights, square_pairs
+from benchmarks.training.work import Size, formula_load, model_flops, num_weights
 
 WHOLE_JOB = "whole job"
 
@@ -99,7 +99,7 @@ def job_row(layout: Layout, times: dict[int, Times], links: Links, peak: float) 
     optimizer = max(each.optimizer for each in times.values())
     step = passes * pace + optimizer + sharding_seconds(layout, links, alone)
     size = layout.job_size()
-    flops = model_flops(size, square_pairs(size))
+    flops = model_flops(size, formula_load(size))
     return {
         "stage": WHOLE_JOB,
         "step_ms": step * 1e3,

@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel import layers, mappings
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+import pretrain_glm
 from benchmarks.training import glm
 from benchmarks.training.turns import Task, Turns
 
@@ -30,6 +31,8 @@ def run(task: Task, turns: Turns) -> None:
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     }
     P2PCommunicator._communicate = _answer_at_once
+    # The others would have to have read something.
+    pretrain_glm.compare_read_data = lambda group, iteration: None
     for module in (layers, mappings):
         module.dist_reduce_scatter_func = _keep_own_part
     flags = (

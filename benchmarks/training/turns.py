@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks.attention import visible_pairs
 from benchmarks.records import reason
 from benchmarks.training.components import start_profile, stop_profile
-from benchmarks.training.work import Size
+from benchmarks.training.work import Load, Size
 
 
 class Task(NamedTuple):
@@ -71,9 +71,10 @@ class Turns:
         """Notes the size of what is trained."""
         self.num_parameters = sum(p.numel() for model in models for p in model.parameters())
 
-    def saw(self, samples: Tensor) -> None:
-        """Notes the mask of a micro-batch, int32 [b, 2, k]."""
+    def saw(self, samples: Tensor, num_targets: int) -> None:
+        """Notes the mask of a micro-batch, int32 [b, 2, k], and its targets."""
         self._samples.append(samples)
+        self._num_targets += num_targets
 
     def skipped(self, count: int) -> None:
         """Notes optimizer steps that an overflow left out."""
@@ -97,6 +98,7 @@ class Turns:
     def _begin_round(self, variant: str, num_steps: int, is_profiled: bool) -> None:
         self.variant, self._left, self._num_steps = variant, num_steps, num_steps
         self._samples: list[Tensor] = []
+        self._num_targets = 0
         self._num_skipped = 0
         self._parts: list[tuple[str, Callable[[], float]]] = []
         if self.device.type == "cuda":
@@ -122,7 +124,7 @@ class Turns:
             }
         if self._samples:
             pairs = sum(visible_pairs(samples.cpu()) for samples in self._samples)
-            report["pairs"] = pairs / self._num_steps
+            report["load"] = Load(pairs / self._num_steps, self._num_targets / self._num_steps)
         if self._num_skipped:
             report["skipped"] = self._num_skipped
         if self.device.type == "cuda":

@@ -1,8 +1,10 @@
 """What a training step has to do, in operations and bytes.
 
-Model operations are the paper's (arXiv 2210.02414, appendix "Training"; Narayanan et al. 2021):
-the products forward and twice that backward, no recomputation. With a gated FFN of 8/3 h and all
-s * s pairs of a sequence, `model_flops` is its 72 b s l h^2 (1 + s / 6h + v / 12lh).
+Model operations are the products forward and twice that backward, no recomputation. With a gated
+FFN of 8/3 h, all s * s pairs of a sequence and the logits of all tokens, `model_flops` is the
+72 b s l h^2 (1 + s / 6h + v / 12lh) of Megatron's paper (arXiv 2104.04473, appendix, where the
+forward pass is computed twice: 96), and to 2e-4 what GLM-130B's counts (arXiv 2210.02414,
+section 2.3).
 """
 
 from dataclasses import dataclass
@@ -66,40 +68,58 @@ def products(size: Size) -> list[Product]:
     ]
 
 
+class Load(NamedTuple):
+    """What the samples of a step leave to compute."""
+
+    pairs: float
+    """(query, key) pairs that attention sees."""
+    targets: float
+    """Tokens whose logits the loss needs."""
+
+
+def causal_load(size: Size) -> Load:
+    """Whole sequences under a causal mask, every token a target."""
+    pairs = size.num_sequences * size.seq_length * (size.seq_length + 1) // 2
+    return Load(pairs, size.num_tokens)
+
+
+def formula_load(size: Size) -> Load:
+    """All pairs and all logits, which is what the papers' formulas count."""
+    return Load(size.num_sequences * size.seq_length**2, size.num_tokens)
+
+
 def num_weights(size: Size) -> int:
     """Elements of the weights that tokens are multiplied with; the logits' are the embedding."""
     return sum(each.inputs * each.outputs * each.count for each in products(size))
 
 
-def product_flops(size: Size) -> int:
-    """Operations of a step's products with weights: forward, gradients of inputs and weights."""
-    return 6 * num_weights(size) * size.num_tokens
+def product_flops(size: Size, targets: float | None = None) -> float:
+    """Operations of a step's products with weights: forward, gradients of inputs and weights.
+
+    targets: tokens that logits are computed of; all by default.
+    """
+    logits = size.hidden_size * size.vocab_size
+    layers = num_weights(size) - logits
+    if targets is None:
+        targets = size.num_tokens
+    return 6 * (layers * size.num_tokens + logits * targets)
 
 
-def causal_pairs(size: Size) -> int:
-    """(query, key) pairs of a step under a causal mask over whole sequences."""
-    return size.num_sequences * size.seq_length * (size.seq_length + 1) // 2
-
-
-def square_pairs(size: Size) -> int:
-    """All (query, key) pairs of a step, which is what the paper's formula counts."""
-    return size.num_sequences * size.seq_length**2
-
-
-def model_flops(size: Size, pairs: float) -> float:
-    """Operations of a step whose mask leaves `pairs` pairs, over its sequences.
+def model_flops(size: Size, load: Load) -> float:
+    """Operations that a step needs.
 
     Scores and output are 2 h operations each for a pair and a layer, and twice that backward.
     """
-    return product_flops(size) + 12 * size.hidden_size * size.num_layers * pairs
+    attention = 12 * size.hidden_size * size.num_layers * load.pairs
+    return product_flops(size, load.targets) + attention
 
 
-def attention_flops(size: Size, pairs: float) -> float:
+def attention_flops(size: Size, load: Load) -> float:
     """What an attention kernel executes: the backward pass computes the scores again."""
-    return 14 * size.hidden_size * size.num_layers * pairs
+    return 14 * size.hidden_size * size.num_layers * load.pairs
 
 
-def element_wise_bytes(size: Size) -> int:
+def element_wise_bytes(size: Size, targets: float) -> float:
     """Bytes that a step reads and writes between its products, each tensor once, 16 bit.
 
     Of a layer, forward: two norms (read h, write h and the residual's h), two additions to the
@@ -112,8 +132,9 @@ def element_wise_bytes(size: Size) -> int:
     h, f = size.hidden_size, size.ffn_hidden_size
     forward = 2 * 3 * h + 2 * 3 * h + 4 * h + 3 * f
     backward = 2 * 4 * h + 2 * 2 * h + 4 * h + 5 * f + 5 * h + 2 * f
-    a_token = 2 * (size.num_layers * (forward + backward) + 3 * size.vocab_size)
-    return a_token * size.num_tokens + 10 * num_weights(size) * size.num_micro_batches
+    layers = 2 * size.num_layers * (forward + backward) * size.num_tokens
+    logits = 2 * 3 * size.vocab_size * targets
+    return layers + logits + 10 * num_weights(size) * size.num_micro_batches
 
 
 def optimizer_bytes(size: Size) -> int:
@@ -136,11 +157,11 @@ class Rates(NamedTuple):
     """Bytes a second that a copy reads and writes."""
 
 
-def predicted_seconds(size: Size, pairs: float, rates: Rates) -> float:
+def predicted_seconds(size: Size, load: Load, rates: Rates) -> float:
     """A step at these rates with nothing overlapped and nothing in between."""
-    moved = element_wise_bytes(size) + optimizer_bytes(size)
+    moved = element_wise_bytes(size, load.targets) + optimizer_bytes(size)
     return (
-        product_flops(size) / rates.product_flops
-        + attention_flops(size, pairs) / rates.attention_flops
+        product_flops(size, load.targets) / rates.product_flops
+        + attention_flops(size, load) / rates.attention_flops
         + moved / rates.copy_bytes
     )

@@ -84,19 +84,22 @@ def row(model, tflops, **more):
 
 def test_required_figures():
     rows = [
-        row("glm", 630.0, peak_gib=50.0), row("causal", 640.0), row("llama", 510.0),
-        row("stock", 278.0, peak_gib=94.0),
+        row("glm", 630.0, tokens_per_s=40e3, peak_gib=50.0), row("causal", 640.0),
+        row("llama", 510.0, tokens_per_s=32e3),
+        row("stock", 278.0, tokens_per_s=16e3, peak_gib=94.0),
     ]  # fmt: skip
     checks = train_step.judge(rows, "4096")
-    assert [check.passed for check in checks] == [True] * 5
-    assert [round(check.value, 3) for check in checks] == [630, 1.235, 2.266, 1.016, 0.532]
-    slower = [row("glm", 590.0, peak_gib=60.0), *rows[1:]]
+    assert [check.passed for check in checks] == [True] * 7
+    assert [round(check.value, 3) for check in checks] == [
+        630, 1.235, 2.266, 1.25, 2.5, 1.016, 0.532
+    ]  # fmt: skip
+    slower = [row("glm", 590.0, tokens_per_s=36e3, peak_gib=60.0), *rows[1:]]
     assert [check.passed for check in train_step.judge(slower, "4096")] == [
-        False, True, True, False, False
+        False, True, True, False, True, False, False
     ]  # fmt: skip
     failed = [*rows[:3], {"model": "stock", "error": "OutOfMemoryError"}]
     assert [check.passed for check in train_step.judge(failed, "4096")] == [
-        True, True, False, True, False
+        True, True, False, True, False, True, False
     ]  # fmt: skip
     assert train_step.judge([row("glm", 600.0, of_products=0.86)], "12288")[0].passed
     assert not train_step.judge([row("glm", 600.0), row("glm-fp16", 580.0)], "fp16")[0].passed

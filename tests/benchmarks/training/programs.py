@@ -27,5 +27,5 @@ def run(task, turns):
             os._exit(7)
         elif behaviour == "hang":
             time.sleep(60)
-        turns.saw(torch.tensor([[[2, 0], [4, 6]]], dtype=torch.int32))
+        turns.saw(torch.tensor([[[2, 0], [4, 6]]], dtype=torch.int32), 3)
         time.sleep(0.01)

@@ -20,15 +20,15 @@ def test_the_layout_is_the_papers():
 def test_stages_do_the_work_of_the_whole_model(layout):
     stages = [layout.stage_size(stage) for stage in range(layout.pipeline)]
     assert sum(map(work.num_weights, stages)) == work.num_weights(layout.size)
-    flops = [work.model_flops(size, work.square_pairs(size)) for size in stages]
-    whole = work.model_flops(layout.size, work.square_pairs(layout.size))
+    flops = [work.model_flops(size, work.formula_load(size)) for size in stages]
+    whole = work.model_flops(layout.size, work.formula_load(layout.size))
     assert sum(flops) == whole
 
 
 def test_without_communication_only_the_bubble_is_lost():
     # Every stage at half of the peak, if the stages had the same work.
     size = GLM_130B.job_size()
-    work_of_a_stage = work.model_flops(size, work.square_pairs(size)) / 8 / 24 / 4 / 176
+    work_of_a_stage = work.model_flops(size, work.formula_load(size)) / 8 / 24 / 4 / 176
     times = dict.fromkeys(GLM_130B.stages, Times(work_of_a_stage / (PEAK / 2), 0.0))
     row = job.job_row(GLM_130B, times, NO_WAIT, PEAK)
     assert row["bubble"] == pytest.approx(7 / 183)

@@ -44,7 +44,7 @@ def test_rounds_alternate_between_processes_and_variants(run):
     for report in outcomes["a"].reports["x"]:
         assert report["seconds"] >= 0.01
         # Of the samples [0, 4) with a context of 2 and [4, 6) without.
-        assert report["pairs"] == 2 * 2 + (3 + 4) + (1 + 2)
+        assert report["load"] == (2 * 2 + (3 + 4) + (1 + 2), 3)
         assert report["parameters"] == 8
     assert sum(outcomes["b"].components.values()) > 0
 
