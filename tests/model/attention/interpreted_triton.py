@@ -12,7 +12,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from megatron_glm.model.attention import triton
-from megatron_glm.model.attention.conformance import MaskConformanceError, check_attention
+from megatron_glm.model.attention.conformance import (
+    AttentionSetup,
+    MaskConformanceError,
+    check_attention,
+)
 from megatron_glm.model.dropout import Dropout
 from tests.model.attention.packs import PACKS, packs, random_inputs, run, samples_from
 
@@ -69,15 +73,13 @@ def test_conformance():
     def attention(query, key, value, samples):
         return triton.attention(query, key, value, samples, softmax_scale=0.25)
 
-    def check(attention):
-        check_attention(
-            attention, name="triton", batch=2, seq_length=40, heads=1, dim=16, max_samples=3,
-            dtype=torch.float32, device=torch.device("cpu"),
-        )
+    def wrong(query, key, value, samples):
+        return attention(query, key, value, samples * 0 + 40)
 
-    check(attention)
+    setup = AttentionSetup("triton", 2, 40, 1, 16, 3, 0.25, 0.0, torch.float32, torch.device("cpu"))
+    check_attention(attention, setup)
     with pytest.raises(MaskConformanceError):
-        check(lambda query, key, value, samples: attention(query, key, value, samples * 0 + 40))
+        check_attention(wrong, setup)
 
 
 def test_a_context_that_changes_in_place_is_seen():
