@@ -2,6 +2,8 @@
 silence."""
 
 from argparse import Namespace
+from collections.abc import Callable
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
@@ -126,6 +128,28 @@ RULES: tuple[Rule, ...] = (
     Rule("yaml_cfg", "--yaml-cfg", (None,), "GLM's settings are flags; pass them as such"),
 )
 
+
+
+class Range(NamedTuple):
+    """What numbers some of Megatron's flags may have, where Megatron does not say it in words."""
+
+    rule: str
+    holds: Callable[[float], bool]
+    dests: tuple[str, ...]
+
+
+RANGES: tuple[Range, ...] = (
+    Range("must be 1 or more", lambda value: value >= 1,
+          ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "seq_length",
+           "micro_batch_size", "global_batch_size", "train_iters", "train_samples", "log_interval",
+           "eval_interval", "save_interval", "seed")),
+    Range("must be 0 or more", lambda value: value >= 0,
+          ("lr", "min_lr", "weight_decay", "clip_grad", "eval_iters", "num_workers",
+           "lr_warmup_iters", "lr_warmup_samples")),
+    Range("must be at least 0 and less than 1", lambda value: 0 <= value < 1,
+          ("hidden_dropout", "attention_dropout", "adam_beta1", "adam_beta2")),
+)  # fmt: skip
+
 RECOMPUTE_REFUSED = {"layernorm": "it frees the norm's output, which is GLM's residual"}
 
 
@@ -135,6 +159,13 @@ def check_flags(args: Namespace) -> None:
         value = getattr(args, rule.dest, rule.allowed[0])
         if value not in rule.allowed:
             raise FlagError(f"{rule.flag} {_show(value)}: {rule.why}")
+    for rule, holds, dests in RANGES:
+        for dest in dests:
+            value = getattr(args, dest)
+            if value is not None and not holds(value):
+                raise FlagError(f"--{dest.replace('_', '-')} {value}: {rule}")
+    if args.lr is not None and args.min_lr > args.lr:
+        raise FlagError(f"--min-lr {args.min_lr}: must be at most --lr {args.lr}")
     for module in args.recompute_modules or ():
         if module in RECOMPUTE_REFUSED:
             raise FlagError(
@@ -179,6 +210,43 @@ def _check_data_paths(args: Namespace) -> None:
             f"--data-path with {' '.join(split)}: give the first, which --split divides, or the "
             "others"
         )
+    if not (args.data_path or args.train_data_path) and not args.skip_train and split:
+        raise FlagError(
+            f"{' '.join(split)} without --train-data-path: the run would train on nothing; give "
+            "it, or --skip-train"
+        )
+    for part in ("data", "train_data", "valid_data", "test_data", "multitask_data"):
+        _check_weights(f"--{part.replace('_', '-')}-path", getattr(args, f"{part}_path") or [])
+    shares = [_number(share) for share in (args.split or "1").split(",")]
+    if (
+        len(shares) > 3
+        or not all(share is not None and 0 <= share < inf for share in shares)
+        or not (shares[0] or args.skip_train)
+    ):
+        raise FlagError(
+            f"--split {args.split}: must be the shares of training, validation and test data, like "
+            "949,50,1, the first above 0"
+        )
+
+
+def _check_weights(flag: str, items: list[str]) -> None:
+    numbers = [_number(item) for item in items]
+    weights, prefixes = numbers[::2], numbers[1::2]
+    if any(number is not None for number in numbers) and not (
+        len(weights) == len(prefixes)
+        and all(weight is not None and 0 < weight < inf for weight in weights)
+        and not any(number is not None for number in prefixes)
+    ):
+        raise FlagError(
+            f"{flag} {' '.join(items)}: must be prefixes alone, or each behind its weight, above 0"
+        )
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _check_batch_size(args: Namespace) -> None:

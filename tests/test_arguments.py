@@ -11,7 +11,7 @@ from megatron_glm.arguments import (
     fill_derived,
     pin_padded_vocab_size,
 )
-from megatron_glm.flag_rules import RULES, FlagError, check_flags, check_tokenizer_flags
+from megatron_glm.flag_rules import RANGES, RULES, FlagError, check_flags, check_tokenizer_flags
 from megatron_glm.presets import PRESETS
 
 TOKENIZER = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "tokenizer.json"]
@@ -98,6 +98,46 @@ def test_every_rule_refuses_by_name(parser, rule):
 def test_a_flag_that_trains_something_else_is_refused(parser, flags, named):
     with pytest.raises(FlagError, match=named):
         parse(parser, *flags)
+
+
+def test_ranges_name_flags_that_megatron_has(parser):
+    flags = {option: action.dest for action in parser._actions for option in action.option_strings}
+    for _, _, dests in RANGES:
+        for dest in dests:
+            assert flags[f"--{dest.replace('_', '-')}"] == dest
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["--train-iters", "0"], "--train-iters 0: must be 1 or more"),
+    (["--clip-grad", "-1"], "--clip-grad -1.0: must be 0 or more"),
+    (["--lr", "nan"], "--lr nan: must be 0 or more"),
+    (["--hidden-dropout", "1.5"], "--hidden-dropout 1.5: must be at least 0 and less than 1"),
+    (["--lr", "1e-4", "--min-lr", "1e-3"], "--min-lr 0.001: must be at most --lr 0.0001"),
+    (["--split", "0,1,0"], "--split 0,1,0: must be the shares of training"),
+    (["--split", "a,b,c"], "--split a,b,c: must be"),
+    (["--split", "1,1,1,1"], "--split 1,1,1,1: must be"),
+    (["--split", "9,-1,0"], "--split 9,-1,0: must be"),
+    (["--data-path", "-1", "a", "2", "b"], "--data-path -1 a 2 b: must be prefixes alone, or"),
+    (["--data-path", "0", "a"], "--data-path 0 a: must be"),
+    (["--data-path", "nan", "a"], "--data-path nan a: must be"),
+    (["--data-path", "1", "a", "2"], "--data-path 1 a 2: must be"),
+    (["--data-path", "a", "1"], "--data-path a 1: must be"),
+    (["--multitask-data-path", "-1", "a"], "--multitask-data-path -1 a: must be"),
+    (["--valid-data-path", "a"], "--valid-data-path without --train-data-path"),
+], ids=" ".join)  # fmt: skip
+def test_a_value_out_of_its_range_is_refused(parser, flags, named):
+    with pytest.raises(FlagError) as error:
+        parse(parser, *flags)
+    assert named in str(error.value)
+
+
+@pytest.mark.parametrize("flags", [
+    ["--data-path", "a"], ["--data-path", "a", "b"], ["--data-path", "0.3", "a", "2", "b"],
+    ["--split", "8,1,1"], ["--split", "99.5,0.5"], ["--split", "0,1,0", "--skip-train"],
+    ["--lr", "0", "--min-lr", "0"], ["--clip-grad", "0"], ["--eval-iters", "0"],
+], ids=" ".join)  # fmt: skip
+def test_a_value_at_the_edge_of_its_range_passes(parser, flags):
+    parse(parser, *flags)
 
 
 @pytest.mark.parametrize("world_size, tp, fits", [(1, 1, True), (8, 2, True), (8, 1, False),
