@@ -17,6 +17,14 @@ _LEAST_ROWS = 16
 # Below this a [MASK] sample holds less than a span with its surroundings.
 LEAST_SAMPLE_LENGTH = 16
 
+# Flags, by the names of their values, that decide which text a sequence of a run is, beside --seed:
+# what index 7 means under one value, no index means under another.
+CUTTING_FLAGS = (
+    "seq_length", "split", "gpt_prob", "mask_prob", "average_block_length", "short_seq_prob",
+    "single_span_prob", "sentence_mask_prob", "aggregated_samples_per_sequence",
+    "max_samples_per_sequence", "reset_attention_mask",
+)  # fmt: skip
+
 
 class DataError(GLMError):
     """Flags or files of the data side that cannot be used."""

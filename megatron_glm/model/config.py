@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from megatron.training.models import GPTModelConfig
 
+from megatron_glm.errors import GLMError
+
 
 @dataclass
 class GLMArchitecture:
@@ -60,15 +62,22 @@ class GLMArchitecture:
 
     def __post_init__(self):
         if not self.deepnorm:
-            raise ValueError(
+            raise GLMError(
                 "--no-deepnorm: this model has no other residual than DeepNorm's; leave it on"
             )
         for flag in ("alpha", "initial_alpha"):
             value = getattr(self, f"shrink_embedding_gradient_{flag}")
             if value is not None and not 0.0 < value <= 1.0:
-                raise ValueError(
+                raise GLMError(
                     f"--shrink-embedding-gradient-{flag.replace('_', '-')} {value}: must lie in "
                     "(0, 1]; 1 turns the shrink off"
+                )
+        for flag in ("ramp_start_samples", "ramp_samples"):
+            value = getattr(self, f"shrink_embedding_gradient_{flag}")
+            if value < 0:
+                raise GLMError(
+                    f"--shrink-embedding-gradient-{flag.replace('_', '-')} {value}: must be 0 or "
+                    "more"
                 )
 
 

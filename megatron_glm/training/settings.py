@@ -14,6 +14,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from megatron_glm.data.config import CUTTING_FLAGS
 from megatron_glm.errors import GLMError
 from megatron_glm.training.save_errors import whole_checkpoints
 
@@ -94,9 +95,10 @@ def compare_settings(saved: dict, current: dict, checkpoint: str) -> None:
 def check_checkpoints(args: Namespace) -> None:
     """Compares this run's settings with those of the checkpoints that it would load.
 
-    CheckpointMismatchError where they differ, where --save already holds a run that --load does not
-    continue, which would be overwritten checkpoint by checkpoint, and where there is none, or the
-    file is lost that names the latest: Megatron would start from random weights.
+    CheckpointMismatchError where they differ, where the run would read its text cut in another way,
+    where --save already holds a run that --load does not continue, which would be overwritten
+    checkpoint by checkpoint, where --ckpt-step would go back a second time, and where there is no
+    checkpoint, or the file is lost that names the latest: Megatron would start from random weights.
     """
     from megatron.training.checkpointing import checkpoint_exists
 
@@ -113,6 +115,8 @@ def check_checkpoints(args: Namespace) -> None:
     for directory in (args.load, args.pretrained_checkpoint):
         if directory is not None and checkpoint_exists(directory):
             _check_checkpoint(args, directory)
+    if goes_on and args.ckpt_step and checkpoint_exists(args.load):
+        _check_goes_back_once(args)
     if args.save is not None and checkpoint_exists(args.save) and not goes_on:
         raise CheckpointMismatchError(
             f"--save {args.save} holds a run already, which this one would overwrite: give the "
@@ -165,7 +169,8 @@ def _refuse_to_start_anew(flag: str, directory: str, may_be_new: bool) -> None:
 
 
 def _check_checkpoint(args: Namespace, directory: str) -> None:
-    saved, is_release = _saved_args(args, directory)
+    state, is_release = _saved_state(args, directory)
+    saved = state["args"]
     settings = getattr(saved, "glm_settings", None)
     if settings is None:
         raise CheckpointMismatchError(
@@ -174,12 +179,40 @@ def _check_checkpoint(args: Namespace, directory: str) -> None:
         )
     compare_settings(settings, current_settings(args), directory)
     if directory == args.load and not args.finetune:
-        for state in DATA_STATES:
-            setattr(args, state, getattr(saved, state, None))
+        if not (is_release or args.skip_train):
+            _check_cut(args, saved, directory)
+        for data_state in DATA_STATES:
+            setattr(args, data_state, getattr(saved, data_state, None))
     # Of a release, weights as tools/convert_checkpoint.py writes them, Megatron loads no more.
     loads_optimizer = not (is_release or args.finetune or args.no_load_optim)
     if directory == args.load and loads_optimizer:
         _check_optimizer_state(args, saved, directory)
+
+
+def _check_cut(args: Namespace, saved: Namespace, directory: str) -> None:
+    changes = [
+        f"--{name.replace('_', '-')} {before} there, {getattr(args, name)} here"
+        for name in CUTTING_FLAGS
+        if (before := getattr(saved, name, getattr(args, name))) != getattr(args, name)
+    ]
+    if changes and saved.seed == args.seed:
+        raise CheckpointMismatchError(
+            f"{directory} has read its text cut into other sequences: {'; '.join(changes)}. The "
+            "run would read some text again and pass over other. Give the flags of the checkpoint, "
+            f"or another --seed than {args.seed} to read all of it anew in another order"
+        )
+
+
+def _check_goes_back_once(args: Namespace) -> None:
+    """Of a job that is started again by the same line, each start would go back."""
+    latest, _ = _saved_state(Namespace(**vars(args) | {"ckpt_step": None}), args.load)
+    if latest["args"].ckpt_step == args.ckpt_step < latest["iteration"]:
+        raise CheckpointMismatchError(
+            f"--ckpt-step {args.ckpt_step}: a run that went back there has saved iteration "
+            f"{latest['iteration']} since, which would be lost. Drop the flag to go on from it; to "
+            f"go back once more, drop it and `echo {args.ckpt_step} "
+            f">{args.load}/latest_checkpointed_iteration.txt`"
+        )
 
 
 def _check_optimizer_state(args: Namespace, saved: Namespace, directory: str) -> None:
@@ -213,8 +246,8 @@ def _check_optimizer_state(args: Namespace, saved: Namespace, directory: str) ->
         )
 
 
-def _saved_args(args: Namespace, directory: str) -> tuple[Namespace, bool]:
-    """The arguments that are stored with a checkpoint, and whether it is a release."""
+def _saved_state(args: Namespace, directory: str) -> tuple[dict, bool]:
+    """What is stored with a checkpoint beside tensors, and whether it is a release."""
     from megatron.training.checkpointing import _load_base_checkpoint
 
     with contextlib.redirect_stdout(io.StringIO()):
@@ -223,4 +256,4 @@ def _saved_args(args: Namespace, directory: str) -> tuple[Namespace, bool]:
         raise CheckpointMismatchError(
             f"{directory} cannot be read as a checkpoint: no arguments are stored in it"
         )
-    return state_dict["args"], is_release
+    return state_dict, is_release

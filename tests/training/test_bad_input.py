@@ -150,6 +150,36 @@ def test_another_schedule_says_how_to_go_on(corpus, checkpoint, flags, named):
     assert str(checkpoint) in message
 
 
+@pytest.mark.parametrize("flags, named", [
+    (["--seq-length", "256"], "--seq-length 128 there, 256 here"),
+    (["--split", "9,1,0"], "--split 8,1,1 there, 9,1,0 here"),
+    (["--gpt-prob", "0.5", "--reset-attention-mask"],
+     "--gpt-prob 0.7 there, 0.5 here; --reset-attention-mask False there, True here"),
+], ids=lambda value: value[0] if isinstance(value, list) else "")  # fmt: skip
+def test_text_that_would_be_cut_in_another_way(corpus, checkpoint, flags, named):
+    message = refused(*corpus.flags, "--load", str(checkpoint), *flags)
+    assert named in message and "another --seed than 7" in message and str(checkpoint) in message
+    # On purpose, and to evaluate, it goes on to the next rule.
+    assert "has seen all" in refused(
+        *corpus.flags, "--load", str(checkpoint), *flags, "--seed", "8"
+    )
+
+
+def test_a_restart_does_not_go_back_again(corpus, tmp_path):
+    schedule = ["--train-iters", "6", "--override-opt-param-scheduler"]
+    flags = [*corpus.flags, *schedule, "--load", str(tmp_path), "--save", str(tmp_path),
+             "--save-interval", "2"]  # fmt: skip
+    pretrain([*TINY, *flags, "--exit-interval", "4"])
+    back = [*flags, "--ckpt-step", "2"]
+    pretrain([*TINY, *back, "--exit-interval", "4", "--seed", "8"])
+    message = refused(*back)
+    assert "--ckpt-step 2: a run that went back there has saved iteration 4 since" in message
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    assert f"`echo 2 >{tracker}`" in message
+    tracker.write_text("2")
+    assert len(pretrain([*TINY, *flags])) == 4
+
+
 def test_a_directory_that_another_run_saves_into(corpus, tmp_path):
     with saving_alone(tmp_path, rank=0):
         assert "another run saves there" in refused(*corpus.flags, "--save", str(tmp_path))
