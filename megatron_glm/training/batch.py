@@ -33,11 +33,13 @@ class Batch:
     objectives: Tensor  # [b, k] int64, the Objective of each sample
     sources: Tensor  # [b, k] int64, the index of the corpus that each sample is from
     num_targets: int  # of all sequences: the sum of loss_mask, known to the host
+    num_places: int  # at most k: a power of two, or k, of places that hold every sequence's samples
 
     @property
     def samples(self) -> Tensor:
-        """What the model takes for a mask: [b, 2, k] int32, context lengths and ends."""
-        return make_samples(self.context_lengths, self.sample_ends)
+        """What the model takes for a mask: [b, 2, num_places] int32, context lengths and ends."""
+        used = slice(self.num_places)
+        return make_samples(self.context_lengths[:, used], self.sample_ends[:, used])
 
     @property
     def target_rows(self) -> Tensor:
@@ -60,7 +62,7 @@ def pack_columns(batch: dict[str, Tensor]) -> Tensor:
 
 
 def unpack_columns(
-    packed: Tensor, *, seq_length: int, num_samples: int, num_targets: int
+    packed: Tensor, *, seq_length: int, num_samples: int, num_targets: int, num_places: int
 ) -> Batch:
     """Inverse of `pack_columns` for s = seq_length and k = num_samples."""
     widths = [seq_length] * len(TOKEN_KEYS) + [num_samples] * len(SAMPLE_KEYS)
@@ -68,7 +70,7 @@ def unpack_columns(
     # Contiguous: searchsorted copies other layouts at every call, with a warning.
     columns = {key: value.contiguous() for key, value in columns.items()}
     columns["loss_mask"] = columns["loss_mask"].float()
-    return Batch(**columns, num_targets=num_targets)
+    return Batch(**columns, num_targets=num_targets, num_places=num_places)
 
 
 def next_batch(
@@ -83,8 +85,8 @@ def next_batch(
     """The next micro-batch of this rank's data loader, on the device.
 
     Every rank reads its own, tensor parallel ranks and pipeline stages alike: nothing of it
-    travels, and each host knows how many targets there are, which it could not read from the
-    device without waiting. `read_data` takes note of it, for ranks to compare.
+    travels, and each host knows how many targets and samples there are, which it could not read
+    from the device without waiting. `read_data` takes note of it, for ranks to compare.
     """
     columns = next(data_iterator)
     packed = pack_columns(columns)
@@ -99,7 +101,15 @@ def next_batch(
     return unpack_columns(
         _upload(packed, device), seq_length=seq_length, num_samples=num_samples,
         num_targets=int(columns["loss_mask"].sum()),
+        num_places=_num_places(columns["sample_ends"], seq_length),
     )  # fmt: skip
+
+
+def _num_places(sample_ends: Tensor, seq_length: int) -> int:
+    """Most samples of a sequence, padding included, up to a power of two: few sizes, for kernels
+    that are planned by size."""
+    most = 1 + int((sample_ends < seq_length).sum(dim=1).max())
+    return min(1 << (most - 1).bit_length(), sample_ends.shape[1])
 
 
 def _upload(packed: Tensor, device: torch.device) -> Tensor:

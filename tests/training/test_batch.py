@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_glm.model.attention.bounds import dense_mask, make_samples
 from megatron_glm.training.agreement import ReadData
 from megatron_glm.training.batch import (
     SAMPLE_KEYS,
@@ -30,7 +31,7 @@ def collated(seed: int = 0) -> dict[str, torch.Tensor]:
 def unpack(batch: dict[str, torch.Tensor]) -> Batch:
     return unpack_columns(
         pack_columns(batch), seq_length=SEQUENCE, num_samples=ROWS,
-        num_targets=int(batch["loss_mask"].sum()),
+        num_targets=int(batch["loss_mask"].sum()), num_places=ROWS,
     )  # fmt: skip
 
 
@@ -62,6 +63,22 @@ def test_the_next_batch_is_that_of_the_loader_and_noted():
     for seed in (6, 5):
         noted.add(pack_columns(collated(seed)))
     assert read.checksum == noted.checksum != ReadData().checksum
+
+
+@pytest.mark.parametrize("ends, num_places", [
+    ([[12, 12, 12, 12], [12, 12, 12, 12]], 1),
+    ([[12, 12, 12, 12], [5, 12, 12, 12]], 2),
+    ([[2, 4, 12, 12], [5, 12, 12, 12]], 4),
+    ([[2, 4, 6, 12], [5, 12, 12, 12]], 4),
+])  # fmt: skip
+def test_samples_have_no_more_places_than_they_need(ends, num_places):
+    columns = collated() | {"sample_ends": torch.tensor(ends)}
+    columns["context_lengths"] = torch.tensor([[1, 2, 2, 0]] * 2)
+    batch = next_batch(iter([columns]), micro_batch_size=2, seq_length=SEQUENCE, num_samples=ROWS,
+                       device=torch.device("cpu"), read_data=ReadData())
+    assert batch.samples.shape == (2, 2, num_places)
+    every = make_samples(columns["context_lengths"], columns["sample_ends"])
+    assert torch.equal(dense_mask(batch.samples, SEQUENCE), dense_mask(every, SEQUENCE))
 
 
 def test_a_batch_of_another_shape_names_the_flags():

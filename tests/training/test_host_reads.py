@@ -43,6 +43,7 @@ SEVERAL_RANKS_A_MODEL = {
 # Of each micro-batch, before it is uploaded: it lies on the host on a GPU too.
 FROM_THE_LOADER = (
     "_local_scalar_dense at megatron_glm/training/batch.py:next_batch",
+    "_local_scalar_dense at megatron_glm/training/batch.py:_num_places",
     "numpy at megatron_glm/training/agreement.py:add",
 )
 SCALED = {

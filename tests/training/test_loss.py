@@ -23,7 +23,7 @@ def make_batch(objectives, sources, ends):
     packed = torch.cat([*columns.values(), *samples.values()], dim=1)
     losses = torch.rand(rows, width, generator=generator)
     batch = unpack_columns(packed, seq_length=width, num_samples=len(ends[0]),
-                           num_targets=int(mask.sum()))
+                           num_targets=int(mask.sum()), num_places=len(ends[0]))
     return batch, losses
 
 
