@@ -1,19 +1,43 @@
 """The backends of prefix attention by name, and which of them suits a device."""
 
 import logging
-from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from typing import Protocol
 
 from torch import Tensor
 
 from megatron_glm.errors import GLMError
+from megatron_glm.model.dropout import Dropout
 
 logger = logging.getLogger(__name__)
 
-Attention = Callable[..., Tensor]
-"""What a backend is: attention(query, key, value, samples, *, softmax_scale, dropout=None), with
-the shapes of `reference.attention`."""
+
+class Attention(Protocol):
+    """What the function `attention` in the module of each backend is."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        samples: Tensor,
+        *,
+        softmax_scale: float,
+        dropout: Dropout | None = None,
+    ) -> Tensor:
+        """Attention over packed samples, softmax in fp32 or wider.
+
+        Args:
+            query, key, value: [s, b, n, d] of one floating dtype; any strides.
+            samples: int32 [b, 2, k], see `bounds`.
+            softmax_scale: factor on the scores.
+            dropout: on the probabilities; None for none.
+
+        Returns:
+            [s, b, n * d], dtype of `query`.
+        """
+
 
 BACKENDS = {
     "reference": ("cpu", "cuda"),

@@ -14,16 +14,8 @@ BLOCK = 128
 """Queries of a block: large enough for the matrix products, small beside a long sequence."""
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    samples: Tensor,
-    *,
-    softmax_scale: float,
-    dropout: Dropout | None = None,
-) -> Tensor:
-    """Attention by blocks of queries, softmax in fp32; as `reference.attention`."""
+def attention(query, key, value, samples, *, softmax_scale, dropout=None) -> Tensor:
+    """`Attention` by blocks of queries, fp64 for fp64 input."""
     rate, seed = (0.0, None) if dropout is None else dropout
     return _Chunked.apply(query, key, value, samples, softmax_scale, rate, seed)
 

@@ -9,7 +9,8 @@ The gradients of keys and values are then complete, and what the two say of a la
 Gradients of queries are summed as they come, unless --deterministic-mode asks for one order.
 
 Rows of a batch are as many as `samples` has places, used or not; an unused one costs an idle block
-for each 128 tokens of the sequence, so keep --max-samples-per-sequence close to what packs need.
+for each 128 tokens of the sequence. Training gives no more places than a power of two needs, and
+cuDNN plans anew for each such number: at most seven times in a run, up to 64 samples.
 """
 
 from collections.abc import Callable
@@ -24,21 +25,12 @@ from megatron_glm.errors import GLMError
 from megatron_glm.model.attention import cudnn_graphs, merge_kernel
 from megatron_glm.model.attention.bounds import PerBatch
 from megatron_glm.model.attention.cudnn_graphs import Form, Part, offsets
-from megatron_glm.model.dropout import Dropout
 
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    samples: Tensor,
-    *,
-    softmax_scale: float,
-    dropout: Dropout | None = None,
-) -> Tensor:
-    """Attention in half precision, softmax in fp32; arguments and result as `reference.attention`.
+def attention(query, key, value, samples, *, softmax_scale, dropout=None) -> Tensor:
+    """`Attention` in half precision.
 
     With the same seed it drops other probabilities than the other backends: cuDNN has its own
     generator.

@@ -12,22 +12,14 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from megatron_glm.model.attention.bounds import PerBatch, token_bounds
-from megatron_glm.model.dropout import Dropout, is_kept, key_word, query_word
+from megatron_glm.model.dropout import is_kept, key_word, query_word
 
 BLOCK = 128
 """Rows and columns of a block of the mask; blocks that nothing sees are never visited."""
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    samples: Tensor,
-    *,
-    softmax_scale: float,
-    dropout: Dropout | None = None,
-) -> Tensor:
-    """Block-sparse attention; arguments and result as `reference.attention`.
+def attention(query, key, value, samples, *, softmax_scale, dropout=None) -> Tensor:
+    """`Attention` by blocks of the mask.
 
     The kernel has no dropout. With it, a second pass hides the scores of what is dropped, and
     exp(log-sum-exp of the kept - log-sum-exp of all) restores the normaliser: exact, at twice

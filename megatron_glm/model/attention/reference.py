@@ -4,29 +4,11 @@ import torch
 from torch import Tensor
 
 from megatron_glm.model.attention.bounds import dense_mask
-from megatron_glm.model.dropout import Dropout, keep_mask
+from megatron_glm.model.dropout import keep_mask
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    samples: Tensor,
-    *,
-    softmax_scale: float,
-    dropout: Dropout | None = None,
-) -> Tensor:
-    """Dense attention, softmax in fp32 (fp64 for fp64 input); memory grows with s * s.
-
-    Args:
-        query, key, value: [s, b, n, d] of one floating dtype.
-        samples: int32 [b, 2, k], see `bounds`.
-        softmax_scale: factor on the scores.
-        dropout: on the probabilities; None for none.
-
-    Returns:
-        [s, b, n * d], dtype of `query`.
-    """
+def attention(query, key, value, samples, *, softmax_scale, dropout=None) -> Tensor:
+    """Dense `Attention`, fp64 for fp64 input; memory grows with s * s."""
     seq_length, batch, heads, dim = query.shape
     wide = torch.promote_types(query.dtype, torch.float32)
     scores = torch.einsum("ibnd,jbnd->bnij", query.to(wide), key.to(wide)) * softmax_scale

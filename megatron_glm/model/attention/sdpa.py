@@ -14,22 +14,13 @@ from torch import Tensor
 
 from megatron_glm.model.attention import chunked
 from megatron_glm.model.attention.bounds import sample_ranges
-from megatron_glm.model.dropout import Dropout
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    samples: Tensor,
-    *,
-    softmax_scale: float,
-    dropout: Dropout | None = None,
-) -> Tensor:
-    """Fused attention on the CPU, softmax in fp32; arguments and result as `reference.attention`.
+def attention(query, key, value, samples, *, softmax_scale, dropout=None) -> Tensor:
+    """`Attention` by the CPU's fused kernel.
 
     With dropout, which the kernel lacks, the queries go in chunks through `chunked.attention`.
     """

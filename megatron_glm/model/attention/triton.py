@@ -70,16 +70,8 @@ def launch_of(
     return Launch(queries, keys, num_warps, max(1, min(3, stages)))
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    samples: Tensor,
-    *,
-    softmax_scale: float,
-    dropout: Dropout | None = None,
-) -> Tensor:
-    """Fused attention on a GPU, softmax in fp32; arguments and result as `reference.attention`.
+def attention(query, key, value, samples, *, softmax_scale, dropout=None) -> Tensor:
+    """`Attention` by the kernels of `triton_kernels`.
 
     Raises:
         TypeError: a dtype other than fp32, bf16 or fp16.

@@ -1,12 +1,16 @@
 """Every backend equals the reference in fp64, forward and backward, on any pack."""
 
+from inspect import signature
+
 import pytest
 import torch
 from hypothesis import given, settings
 
 from megatron_glm.errors import GLMError
 from megatron_glm.model.attention.backends import (
+    BACKENDS,
     OWN_DROPOUT,
+    Attention,
     backends_of,
     load_backend,
     select_backend,
@@ -92,6 +96,17 @@ def test_a_step_never_waits_for_the_gpu(backend, rate):
         step(30)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_every_backend_takes_what_the_protocol_says(name):
+    if name in ("triton", "cudnn"):
+        pytest.importorskip("triton")
+    _, *due = signature(Attention.__call__).parameters.values()
+    actual = signature(load_backend(name)).parameters.values()
+    assert [(x.name, x.kind, x.default) for x in actual] == [
+        (x.name, x.kind, x.default) for x in due
+    ]
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones():
