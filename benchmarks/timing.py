@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-COPY_BYTES = {"cuda": 1 << 31, "cpu": 1 << 28}
+COPY_BYTES = {"cuda": 1 << 31, "cpu": 1 << 27}
 """Of a copy that no cache holds, by type of device."""
 
 
