@@ -99,5 +99,6 @@ exec torchrun --nnodes "$NUM_NODES" --nproc-per-node "$GPUS_PER_NODE" \
     "${MODEL[@]}" "${PARALLEL[@]}" "${TRAINING[@]}" "${OBJECTIVE[@]}" "${LOGGING[@]}" \
     --tokenizer-type IceTokenizer --tokenizer-model "$TOKENIZER" \
     --data-path "${DATA[@]}" --multitask-data-path "${MULTITASK_DATA[@]}" \
+    --data-cache-path "$CHECKPOINTS/data-cache" \
     --save "$CHECKPOINTS" --load "$CHECKPOINTS" \
     "$@"
