@@ -11,6 +11,7 @@ or of standard input is one; on a terminal it asks for them.
 import argparse
 import io
 import json
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, fields
@@ -172,7 +173,14 @@ def fill(args: argparse.Namespace, filler: Filler, prompts: list[str]) -> Iterat
 
 def search_config(args: argparse.Namespace, seed: int) -> SearchConfig:
     values = {field.name: getattr(args, field.name) for field in fields(SearchConfig)}
-    return SearchConfig(**values | {"seed": seed})
+    try:
+        return SearchConfig(**values | {"seed": seed})
+    except GLMError as error:
+        names = "|".join(values)
+        in_flags = re.sub(
+            rf"\b({names})\b", lambda name: f"--{name[0].replace('_', '-')}", str(error)
+        )
+        raise GLMError(in_flags) from error
 
 
 def serve(args: argparse.Namespace, layout: Layout, device: torch.device) -> None:

@@ -35,7 +35,8 @@ class SearchConfig:
     mass to draw from. no_repeat_ngram_size: no n-gram of so many tokens appears twice, the prompt
     included; 0 allows all. seed: of the draws.
 
-    Raises GLMError.
+    Raises GLMError, which names these fields: a program's user gives them as flags, a server's in
+    JSON.
     """
 
     max_new_tokens: int = 64
@@ -60,17 +61,17 @@ class SearchConfig:
         }
         for name, (holds, rule) in rules.items():
             if not holds:
-                raise GLMError(f"{_flag(name)} {getattr(self, name)}: must be {rule}")
+                raise GLMError(f"{name} {getattr(self, name)}: must be {rule}")
         if self.num_beams > 1 and self.temperature:
             raise GLMError(
-                f"--num-beams {self.num_beams}: beams are not sampled; drop --temperature "
+                f"num_beams {self.num_beams}: beams are not sampled; drop temperature "
                 f"{self.temperature}"
             )
         for name, off in (("top_k", 0), ("top_p", 1.0)):
             if self.temperature == 0.0 and getattr(self, name) != off:
                 raise GLMError(
-                    f"{_flag(name)} {getattr(self, name)}: has no effect at --temperature 0, where "
-                    "the likeliest token is taken; give a --temperature, for example 1"
+                    f"{name} {getattr(self, name)}: has no effect at temperature 0, where the "
+                    "likeliest token is taken; give a temperature, for example 1"
                 )
 
 
@@ -186,7 +187,3 @@ class Sampler(Search):
         self._filling = self._filling.append(token, self.ends)
         self.finish_reason = self.end_of(self._filling)
         return [] if self.finish_reason else [0]
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

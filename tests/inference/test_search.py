@@ -171,13 +171,13 @@ def test_a_prompt_leaves_its_room_and_no_more(filler):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"max_new_tokens": 0}, "--max-new-tokens 0: must be at least 1"),
-        ({"temperature": -1.0}, "--temperature -1.0"),
-        ({"temperature": float("nan")}, "--temperature nan"),
-        ({"top_p": 0.0, "temperature": 1.0}, "--top-p 0.0"),
-        ({"top_k": 5}, "--top-k 5: has no effect at --temperature 0"),
-        ({"num_beams": 2, "temperature": 1.0}, "--num-beams 2: beams are not sampled"),
-        ({"length_penalty": float("inf")}, "--length-penalty inf"),
+        ({"max_new_tokens": 0}, "max_new_tokens 0: must be at least 1"),
+        ({"temperature": -1.0}, "temperature -1.0"),
+        ({"temperature": float("nan")}, "temperature nan"),
+        ({"top_p": 0.0, "temperature": 1.0}, "top_p 0.0"),
+        ({"top_k": 5}, "top_k 5: has no effect at temperature 0"),
+        ({"num_beams": 2, "temperature": 1.0}, "num_beams 2: beams are not sampled"),
+        ({"length_penalty": float("inf")}, "length_penalty inf"),
     ],
 )
 def test_values_without_a_meaning_are_refused(options, message):

@@ -200,7 +200,7 @@ def test_another_tokenizer_is_refused(folder, tmp_path, capsys):
     "more, message",
     [
         (["--prompt", "[gMASK] [MASK]"], "only blank"),
-        (["--prompt", "a", "--top-k", "3"], "--top-k 3"),
+        (["--prompt", "a", "--top-k", "3"], "--top-k 3: has no effect at --temperature 0"),
         (["--prompt", "dog " * 300], "shorten"),
         (["--input", "nowhere"], "--input nowhere"),
         (["--prompt", "a", "--tensor-model-parallel-size", "2"], "torchrun --nproc-per-node 2"),
