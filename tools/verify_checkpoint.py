@@ -144,6 +144,8 @@ def build_megatron(source: Source, seq_length: int) -> torch.nn.Module:
         attention_dropout=0.0,
         params_dtype=torch.float32,
         perform_initialization=False,
+        # Megatron warns of its own default.
+        cuda_graph_modules=[],
     )
     builder = GLMModelBuilder(
         GLMModelConfig(transformer=config, vocab_size=d.vocab_size, seq_length=seq_length)
