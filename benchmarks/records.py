@@ -8,6 +8,7 @@ benchmark that yields its rows one by one: it prints and records each as it come
 import argparse
 import datetime
 import json
+import math
 import os
 import platform
 import re
@@ -102,7 +103,8 @@ def write_record(
     Args:
         benchmark: its name, that of its file in `benchmarks/`.
         settings: what the whole run had in common, such as flags.
-        rows: one mapping of plain values for each line of the table; units in the keys.
+        rows: one mapping of plain values for each line of the table; units in the keys. NaN and
+            Inf, which JSON does not have, become null.
         folder: where the record goes.
         checks: what the rows were required to show.
         path: the record to bring up to date instead of a new one.
@@ -121,7 +123,7 @@ def write_record(
         record["checks"] = [check._asdict() | {"passed": check.passed} for check in checks]
     folder.mkdir(parents=True, exist_ok=True)
     path = path or folder / f"{benchmark}-{now:%Y%m%dT%H%M%SZ}.json"
-    path.write_text(json.dumps(record, indent=1, default=str) + "\n")
+    path.write_text(json.dumps(_finite(record), indent=1, default=str, allow_nan=False) + "\n")
     return path
 
 
@@ -187,6 +189,15 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     lines.insert(1, ["-" * width for width in widths])
     for line in lines:
         print("| " + " | ".join(map(str.ljust, line, widths)) + " |")
+
+
+def _finite(value: Any) -> Any:
+    """A tree of values with None for each float that is not finite."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cell(value: Any) -> str:

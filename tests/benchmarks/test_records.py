@@ -23,6 +23,28 @@ def test_a_record_can_be_traced(tmp_path):
     assert age < datetime.timedelta(minutes=5)
 
 
+def strictly(text: str) -> dict:
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_a_number_that_json_does_not_have_is_null(tmp_path):
+    rows = [{"ms": float("nan"), "all": [1.0, float("-inf")]}]
+    check = records.Check("speed", float("nan"), 1.0)
+    path = records.write_record("x", {"bound": float("inf")}, rows, tmp_path, checks=[check])
+    record = strictly(path.read_text())
+    assert record["rows"] == [{"ms": None, "all": [1.0, None]}]
+    assert record["settings"] == {"bound": None}
+    assert record["checks"][0]["value"] is None and not record["checks"][0]["passed"]
+
+
+def test_every_record_is_json():
+    for path in records.RESULTS.rglob("*.json"):
+        strictly(path.read_text())
+
+
 def test_the_revision_tells_changed_source(tmp_path, monkeypatch):
     def git(*arguments):
         subprocess.run(
