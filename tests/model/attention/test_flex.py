@@ -61,7 +61,7 @@ def test_a_length_is_compiled_for_once_and_alone_whatever_the_pack(monkeypatch):
     with compiled_flex(monkeypatch) as graphs:
 
         def step(pack):
-            samples = samples_from([pack], num_rows=4)
+            samples = samples_from([pack])  # as many places as there are samples
             run("flex", *random_inputs(samples, 1, 8, torch.float32), samples)
             return graphs
 
