@@ -65,6 +65,11 @@ def plan_target(
             f"--quantization-group-size {request.quantization_group_size}: only Hugging Face "
             "checkpoints have groups; drop the flag"
         )
+    if request.quantization_group_size is not None and bits is None:
+        raise CheckpointError(
+            f"--quantization-group-size {request.quantization_group_size}: nothing is quantised; "
+            "give --quantization-bit-width 8 or 4 too, or drop the flag"
+        )
     make = {
         Format.SAT: _sat, Format.HUGGING_FACE: _hugging_face, Format.MEGATRON: _megatron,
     }[request.fmt]  # fmt: skip

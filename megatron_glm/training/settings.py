@@ -195,7 +195,8 @@ def _check_cut(args: Namespace, saved: Namespace, directory: str) -> None:
         for name in CUTTING_FLAGS
         if (before := getattr(saved, name, getattr(args, name))) != getattr(args, name)
     ]
-    if changes and saved.seed == args.seed:
+    # A conversion may know nothing of a run.
+    if changes and getattr(saved, "seed", None) == args.seed:
         raise CheckpointMismatchError(
             f"{directory} has read its text cut into other sequences: {'; '.join(changes)}. The "
             "run would read some text again and pass over other. Give the flags of the checkpoint, "
@@ -206,7 +207,8 @@ def _check_cut(args: Namespace, saved: Namespace, directory: str) -> None:
 def _check_goes_back_once(args: Namespace) -> None:
     """Of a job that is started again by the same line, each start would go back."""
     latest, _ = _saved_state(Namespace(**vars(args) | {"ckpt_step": None}), args.load)
-    if latest["args"].ckpt_step == args.ckpt_step < latest["iteration"]:
+    went_back_to = getattr(latest["args"], "ckpt_step", None)
+    if went_back_to == args.ckpt_step < latest["iteration"]:
         raise CheckpointMismatchError(
             f"--ckpt-step {args.ckpt_step}: a run that went back there has saved iteration "
             f"{latest['iteration']} since, which would be lost. Drop the flag to go on from it; to "

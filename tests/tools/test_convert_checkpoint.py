@@ -141,6 +141,13 @@ def test_what_cannot_be_done_is_one_line(tmp_path, arguments, message, capsys):
     assert not (tmp_path / "b").exists()
 
 
+def test_groups_of_weights_that_are_not_quantised_are_refused(tmp_path, capsys):
+    load = write_megatron(tmp_path / "a", MemorySource())
+    groups = ["--quantization-group-size", "8"]
+    message = error_of(capsys, "megatron", "hf", load, tmp_path / "b", *groups)
+    assert "--quantization-group-size 8: nothing is quantised" in message
+
+
 def test_what_is_there_is_not_overwritten_unasked(tmp_path, capsys):
     save = write_sat(tmp_path / "b", MemorySource(seed=1))
     assert "--overwrite" in error_of(capsys, "sat", "sat", GOLDEN_SAT[1], save)
