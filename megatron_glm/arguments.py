@@ -10,7 +10,9 @@ import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from difflib import get_close_matches
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from megatron.training.argument_utils import ArgumentGroupFactory
@@ -115,6 +117,8 @@ def add_glm_arguments(parser: ArgumentParser) -> ArgumentParser:
         if "default" not in action.help.lower():
             action.help += " Default: %(default)s."
     _extend_choices(parser)
+    parser.usage = "%(prog)s FLAGS"
+    parser.error = partial(_refuse, parser)
     defaults = dict(DEFAULTS)
     if not torch.cuda.is_available():
         defaults["distributed_backend"] = "gloo"
@@ -185,6 +189,17 @@ def _extend_choices(parser: ArgumentParser) -> None:
         if action.dest == "tokenizer_type":
             action.choices = list(TOKENIZER_TYPES)
             action.help = "Kind of tokenizer; must be the one that the data was made with."
+
+
+def _refuse(parser: ArgumentParser, message: str) -> NoReturn:
+    """Ends the program by one line, as other refusals do; argparse would show 700 of usage."""
+    if "unrecognized" in message:
+        known = [flag for action in parser._actions for flag in action.option_strings]
+        for word in message.split():
+            if meant := get_close_matches(word.partition("=")[0], known, n=1):
+                message += f"; {word}: did you mean {meant[0]}?"
+    with exit_with_one_line(rank=int(os.getenv("RANK", "0"))):
+        raise FlagError(f"{message}; --help lists all flags")
 
 
 def _preset_name(parser: ArgumentParser) -> str | None:

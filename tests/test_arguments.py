@@ -100,6 +100,22 @@ def test_a_flag_that_trains_something_else_is_refused(parser, flags, named):
         parse(parser, *flags)
 
 
+@pytest.mark.parametrize("flags, line", [
+    (["--sequence-lenght", "5"],
+     "unrecognized arguments: --sequence-lenght 5; --sequence-lenght: did you mean --seq-length?"),
+    (["--micro-batchsize=4"],
+     "unrecognized arguments: --micro-batchsize=4; --micro-batchsize=4: did you mean "
+     "--micro-batch-size?"),
+    (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+], ids=" ".join)  # fmt: skip
+def test_what_cannot_be_parsed_is_one_line(parser, flags, line, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(parser, *flags)
+    assert stop.value.code == 2
+    error = f"pretrain_glm.py: error: {line}; --help lists all flags\n"
+    assert capsys.readouterr().err == error
+
+
 def test_ranges_name_flags_that_megatron_has(parser):
     flags = {option: action.dest for action in parser._actions for option in action.option_strings}
     for _, _, dests in RANGES:
