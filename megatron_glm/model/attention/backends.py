@@ -54,7 +54,9 @@ OWN_DROPOUT = ("cudnn",)
 """Backends that drop other probabilities than `reference.attention` by the same seed."""
 
 FASTEST = {"cpu": "sdpa", "cuda": "flex"}
-"""What auto means on a device; `python -m benchmarks.attention` measures it."""
+FASTEST_WITH_DROPOUT = {"cpu": "sdpa", "cuda": "triton"}
+"""What auto means on a device; `python -m benchmarks.attention` measures it. FlexAttention, whose
+kernels are Triton's too, takes twice the work for dropout."""
 
 
 def backends_of(device: str) -> list[str]:
@@ -77,13 +79,15 @@ def load_backend(name: str) -> Attention:
 
 
 @cache
-def select_backend(name: str, device: str) -> Attention:
-    """The backend called `name` or, for auto, the fastest one of a type of device.
+def select_backend(name: str, device: str, has_dropout: bool) -> Attention:
+    """The backend called `name` or, for auto, the fastest one of a type of device for a model
+    that is trained with dropout of attention, or without.
 
     Raises:
         GLMError: a name outside BACKENDS, or one that cannot train on the device.
     """
-    chosen = FASTEST.get(device, "reference") if name == "auto" else name
+    fastest = FASTEST_WITH_DROPOUT if has_dropout else FASTEST
+    chosen = fastest.get(device, "reference") if name == "auto" else name
     attention = load_backend(chosen)
     if device not in BACKENDS[chosen]:
         raise GLMError(

@@ -89,9 +89,10 @@ def check_backend(
 
     With dropout the same kernels run at a rate of 2 ** -24, so that they drop next to nothing.
     """
-    attend = select_backend(setup.backend, setup.device.type)
+    has_dropout = setup.dropout_probability > 0.0
+    attend = select_backend(setup.backend, setup.device.type, has_dropout)
     dropout = None
-    if setup.dropout_probability > 0.0:
+    if has_dropout:
         seed = torch.zeros(2, dtype=torch.int32, device=setup.device)
         dropout = Dropout(2.0**-24, seed)
 
