@@ -195,8 +195,10 @@ def main() -> None:
     run_after_steps(lambda step, *_: compare_read_data(get_model_parallel_group(), step))
     run_before_saves(store_ledger)
     put_save_errors_in_words(args.save)
+    resumes = args.save is not None and args.load == args.save
+    hint = "the same command goes on from the last whole checkpoint" if resumes else ""
     with (
-        exit_with_one_line(rank=args.rank),
+        exit_with_one_line(rank=args.rank, after_interrupt=hint),
         saving_alone(args.save, args.rank),
         schedule_mismatch_in_words(args.load),
     ):

@@ -112,6 +112,12 @@ def check_checkpoints(args: Namespace) -> None:
     ):
         if directory is not None and not checkpoint_exists(directory):
             _refuse_to_start_anew(flag, directory, may_be_new)
+    whole = whole_checkpoints(args.load) if args.load is not None else []
+    if args.ckpt_step is not None and whole and args.ckpt_step not in whole:
+        raise CheckpointMismatchError(
+            f"--ckpt-step {args.ckpt_step}: --load {args.load} holds no whole one; the "
+            f"nearest is {min(whole, key=lambda step: abs(step - args.ckpt_step))}"
+        )
     for directory in (args.load, args.pretrained_checkpoint):
         if directory is not None and checkpoint_exists(directory):
             _check_checkpoint(args, directory)

@@ -165,6 +165,13 @@ def test_text_that_would_be_cut_in_another_way(corpus, checkpoint, flags, named)
     )
 
 
+@pytest.mark.parametrize("step", ["2", "0"])
+def test_a_step_that_was_not_saved(corpus, checkpoint, step):
+    message = refused(*corpus.flags, "--load", str(checkpoint), "--ckpt-step", step)
+    said = f"--ckpt-step {step}: --load {checkpoint} holds no whole one; the nearest is 3"
+    assert said in message
+
+
 def test_a_restart_does_not_go_back_again(corpus, tmp_path):
     schedule = ["--train-iters", "6", "--override-opt-param-scheduler"]
     flags = [*corpus.flags, *schedule, "--load", str(tmp_path), "--save", str(tmp_path),
