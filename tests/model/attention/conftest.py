@@ -6,9 +6,10 @@ from torch.nn.attention import flex_attention
 
 
 @pytest.fixture(autouse=True)
-def uncompiled_flex_attention(monkeypatch):
+def uncompiled_flex_attention(request, monkeypatch):
     """The dense backward that FlexAttention has for debugging, without seconds of compilation."""
-    if torch.cuda.is_available():
+    # Not by the machine: tests of the CPU run where there is a GPU as well.
+    if request.node.get_closest_marker("gpu"):
         # Each test compiles for its own shapes; all of them are more than torch keeps.
         torch.compiler.reset()
         yield
