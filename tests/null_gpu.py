@@ -1,0 +1,96 @@
+"""A GPU that computes nothing, on which programs run whole: `run_on_null_gpu(program, *flags)`.
+
+CUDA's libraries are replaced by null_gpu.c in a process of its own. Everything else is what runs
+on a GPU: the choice of patches, torch's checks of devices and types, its allocator, autograd's
+threads, Triton's and Inductor's compilers, which make code for an H200, and the launch of what
+they have made. So a program that stops there for another reason than its numbers, which are zeros
+and leftovers, stops on a GPU as well, and its memory and its waits are those of a GPU.
+"""
+
+import atexit
+import ctypes
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = "libcuda.so.1"
+# torch's libraries that call CUDA, and what they and Triton's driver call.
+CALLERS = ("torch_cuda", "c10_cuda", "torch_python", "torch_cpu", "caffe2_nvrtc")
+CALLED = re.compile(r"\b((?:__)?cuda[A-Z]\w+|cublas\w+|nccl\w+|cu(?!File)[A-Z][a-z]\w*)\b")
+# Ends at once, whatever the program: torch's own end waits for a NCCL that is none.
+ENDING = """
+import atexit, os, sys, traceback
+def end(*error):
+    traceback.print_exception(*error)
+    sys.stderr.flush()
+    os._exit(1)
+sys.excepthook = end
+atexit.register(lambda: (sys.stdout.flush(), sys.stderr.flush(), os._exit(0)))
+"""
+
+
+def run_on_null_gpu(
+    program: str, *flags: str, timeout: float = 120.0
+) -> subprocess.CompletedProcess[str]:
+    """Runs Python code, one rank, with `flags` as its sys.argv[1:]; skips the test where the null
+    GPU cannot be built."""
+    folder = str(_build())
+    environment = os.environ | {
+        "LD_PRELOAD": f"{folder}/{LIBRARY}", "LD_LIBRARY_PATH": folder,
+        "TRITON_LIBCUDA_PATH": folder, "CUDA_VISIBLE_DEVICES": "0", "RANK": "0", "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
+    }  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-c", ENDING + program, *flags], cwd=ROOT, env=environment,
+        timeout=timeout, capture_output=True, text=True,
+    )
+
+
+def num_waits() -> int:
+    """How often the host has waited for the device so far; for the program that runs there."""
+    return ctypes.CDLL(None).null_gpu_waits()
+
+
+@functools.cache
+def _build() -> Path:
+    site_packages = Path(torch.__file__).parents[1]
+    headers = [site_packages / "nvidia/cu13/include",
+               site_packages / "triton/backends/nvidia/include"]
+    compiler = shutil.which("gcc")
+    if compiler is None or not all(path.exists() for path in headers):
+        pytest.skip("the null GPU needs gcc, and CUDA 13's headers as torch's wheels bring them")
+    folder = Path(tempfile.mkdtemp(prefix="null_gpu"))
+    atexit.register(shutil.rmtree, folder)
+    source = Path(__file__).with_suffix(".c")
+    rest = folder / "rest.c"
+    rest.write_text("".join(
+        # Weak: null_gpu.c has the last word.
+        f"__attribute__((weak)) int {name}(void) {{ return 0; }}\n"
+        for name in sorted(_called(site_packages))
+    ))
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-O1", "-w", *(f"-I{path}" for path in headers),
+         source, rest, "-o", folder / LIBRARY, f"-Wl,-soname,{LIBRARY}", "-ldl", "-lpthread"],
+        check=True,
+    )  # fmt: skip
+    # By this name Triton's linker looks for it.
+    (folder / "libcuda.so").symlink_to(LIBRARY)
+    return folder
+
+
+def _called(site_packages: Path) -> set[str]:
+    """CUDA's functions that torch and Triton call."""
+    libraries = [site_packages / f"torch/lib/lib{name}.so" for name in CALLERS]
+    found = subprocess.run(["nm", "-D", "--undefined-only", *libraries], check=True,
+                           capture_output=True, text=True)
+    driver = site_packages / "triton/backends/nvidia/driver.c"
+    return set(CALLED.findall(found.stdout + driver.read_text())) - {"cudaError_t"}

@@ -1,0 +1,93 @@
+"""pretrain_glm.py as it runs on a GPU, on one that computes nothing (tests/null_gpu.py).
+
+test_host_reads.py names on a CPU the code that would wait. Here what a GPU alone runs is in it:
+fused kernels, pinned memory, streams, NCCL, fused Adam, and who waits is counted where CUDA does.
+"""
+
+import json
+
+import pytest
+
+from tests.null_gpu import run_on_null_gpu
+from tests.training.corpus import make_corpus
+from tests.training.pretraining import TINY
+
+LAYERS, MICRO_BATCHES, STEPS = 4, 4, 3
+PROGRAM = """
+import json
+from collections import Counter
+import torch, triton
+import pretrain_glm
+from megatron.training import training
+from megatron_glm.model.attention import cudnn_graphs
+from tests.null_gpu import num_waits
+
+# What Megatron compiles, for a while, is no part of a GLM's layers.
+torch._dynamo.config.disable = True
+get, passes, kernels = training.get_forward_backward_func, [], Counter()
+
+def count(metadata):
+    kernels[metadata.get()["name"]] += 1
+
+def graph(form, tensors):
+    assert all(tensor.is_cuda for tensor in tensors.values())
+    kernels["cudnn"] += 1
+
+def counting(**options):
+    schedule = get(**options)
+    def run(**arguments):
+        kernels.clear()
+        before = num_waits()
+        # Names the code that waits; the first steps compile kernels and fill caches.
+        torch.cuda.set_sync_debug_mode("error" if len(passes) >= 2 else "default")
+        report = schedule(**arguments)
+        torch.cuda.set_sync_debug_mode("default")
+        passes.append({"waits": num_waits() - before, "kernels": dict(kernels)})
+        return report
+    return run
+
+triton.knobs.runtime.launch_enter_hook.add(count)
+cudnn_graphs.run = graph
+training.get_forward_backward_func = counting
+pretrain_glm.main()
+print("\\n" + json.dumps(passes))
+"""
+OF_LAYER = {
+    "rotate_forward": 1, "rotate_backward": 1, "geglu_forward": 1, "geglu_backward": 1,
+    # The norm of the layer's input, the sum and norm before the MLP, and the sum at the end.
+    "forward": 3, "backward": 3,
+}  # fmt: skip
+OF_MODEL = {"row_statistics": 1, "overwrite_by_gradient": 1}
+TRITON = {"forward": 1, "output_dot_gradient": 1, "backward_queries": 1, "backward_keys": 1}
+RUNS = {
+    "bf16, triton, dropout": (["--bf16", "--hidden-dropout", "0.1", "--attention-dropout", "0.1",
+                               "--glm-attention-backend", "triton"], TRITON),
+    # Two parts a pass; the outputs are merged where there is dropout, gradients always.
+    "fp16, cudnn, distributed optimizer": (
+        ["--fp16", "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather",
+         "--glm-attention-backend", "cudnn"], {"cudnn": 4, "merge": 1},
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return make_corpus(tmp_path_factory.mktemp("corpus"), num_documents=60)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_steps_run_on_a_gpu_and_no_pass_waits(corpus, name):
+    flags, of_attention = RUNS[name]
+    done = run_on_null_gpu(
+        PROGRAM, *TINY, *corpus.flags, *flags, "--train-iters", str(STEPS),
+        "--no-kernel-conformance-check",
+    )
+    assert done.returncode == 0, done.stderr
+    passes = json.loads(done.stdout.splitlines()[-1])
+    assert len(passes) == STEPS
+    of_layer = {key: OF_LAYER.get(key, 0) + of_attention.get(key, 0)
+                for key in OF_LAYER | of_attention}
+    expected = {key: LAYERS * number for key, number in of_layer.items()} | OF_MODEL
+    for of_step in passes[2:]:
+        assert of_step["waits"] == 0
+        assert of_step["kernels"] == {key: MICRO_BATCHES * n for key, n in expected.items()}
