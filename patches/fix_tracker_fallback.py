@@ -46,9 +46,9 @@ def mended_first(save_checkpoint: Callable) -> Callable:
     def save(*args: Any, **kwargs: Any) -> Any:
         from megatron.training import checkpointing
 
-        if torch.distributed.get_rank() == 0:
-            tracker = checkpointing.get_checkpoint_tracker_filename(checkpointing.get_args().save)
-            mend(Path(tracker))
+        directory = checkpointing.get_args().save
+        if directory is not None and torch.distributed.get_rank() == 0:
+            mend(Path(checkpointing.get_checkpoint_tracker_filename(directory)))
         return save_checkpoint(*args, **kwargs)
 
     return save
