@@ -19,7 +19,6 @@ the next layer's first norm.
 Rows wider than WHOLE_ROW read their gradients once more, 3 in each norm's backward pass.
 """
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -29,6 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_glm.model.dropout import Dropout
 from megatron_glm.model.fused import residual_norm_kernels as kernels
+from megatron_glm.model.fused.selection import num_processors
 from megatron_glm.model.residual import Sum
 
 # Chosen by compiling, untimed: `python -m benchmarks.fused` on the machine has the last word.
@@ -99,7 +99,7 @@ class _ResidualNorm(torch.autograd.Function):
         grad = grad.contiguous()
         other = other.contiguous() if ctx.has_norm else grad
         rows, columns = _rows_and_columns(grad)
-        tiles = tiles_of(rows, columns, _processors(grad.device))
+        tiles = tiles_of(rows, columns, num_processors(grad.device))
         dx = torch.empty_like(grad)
         dresidual = torch.empty_like(grad) if ctx.has_sum else dx
         z, mean, rstd, weight = saved or [grad] * 4
@@ -162,11 +162,3 @@ def _dropout_arguments(rate: float, seed: Tensor | None, x: Tensor) -> tuple[Ten
         return x, 0, 1.0
     dropout = Dropout(rate, seed)
     return seed, dropout.threshold, 1.0 / dropout.keep_probability
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU, 1 where there is none."""
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
