@@ -42,7 +42,7 @@ PASSES = {
     "residual_sum": ("hidden", 3, 3),
     "layer_norm": ("hidden", 2, 4),
     "bias_geglu": ("ffn", 3, 5),
-    "rotate_query_key_": ("hidden", 4, 6),
+    "rotate_query_key_": ("hidden", 6, 6),
     "vocab_parallel_cross_entropy": ("vocab", 1, 2),
 }
 

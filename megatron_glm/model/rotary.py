@@ -63,12 +63,17 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def rotate_query_key(mixed: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def rotate_query_key(
+    mixed: Tensor, bias: Tensor | None, rotation: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Query and key of a mixed projection, rotated, and its value, each [s, b, n, d].
 
-    mixed: [s, b, n, 3d], per head [q, k, v]. rotation: what `RotaryTable` gives; it is rounded to
-    the dtype of `mixed`, as Megatron rounds its own.
+    mixed: [s, b, n, 3d], per head [q, k, v]. bias: [n * 3d], added first, or None where it has
+    been. rotation: what `RotaryTable` gives; it is rounded to the dtype of `mixed`, as Megatron
+    rounds its own.
     """
+    if bias is not None:
+        mixed = mixed + bias.view(mixed.shape[2:])
     query, key, value = mixed.chunk(3, dim=-1)
     rotation = rotation.to(mixed.dtype)
     return rotate(query, rotation), rotate(key, rotation), value

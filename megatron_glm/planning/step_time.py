@@ -124,11 +124,11 @@ def _memory_bytes(job: Job) -> tuple[float, float]:
     h = job.hidden_size / (t if job.sequence_parallel else 1)
     a, f = job.attention_size / t, job.ffn_hidden_size / t
     if job.glm_fused_kernels:
-        # The first norm 2 h, residual and second norm 4 h, last residual 3 h; the bias of query,
-        # key and value 6 a, their rotation 4 a; GeGLU 3 f.
-        forward = 9 * h + 10 * a + 3 * f
-        # Their gradients 4 + 5 + 3 h and the sums of two gradients 6 h; 9 a; 5 f.
-        backward = 18 * h + 9 * a + 5 * f
+        # The first norm 2 h, residual and second norm 4 h, last residual 3 h; bias and rotation of
+        # query, key and value 6 a; GeGLU 3 f.
+        forward = 9 * h + 6 * a + 3 * f
+        # Their gradients 4 + 5 + 3 h and the sums of two gradients 6 h; 6 a; 5 f.
+        backward = 18 * h + 6 * a + 5 * f
     else:
         # Norms and scaled residuals 8 h, bias, dropout and sum 6 h; 6 a and 24 a; 11 f.
         forward = 14 * h + 30 * a + 11 * f

@@ -24,9 +24,9 @@ def test_speed_is_counted_in_passes_over_memory(monkeypatch):
     monkeypatch.setattr(fused, "copy_gb_per_s", lambda *_: 1.0)
     flags = ["--device", "cpu", "--operations", "bias_geglu", "rotate_query_key_"]
     _, geglu, rotary = fused.run(fused.parse(flags))
-    # 8 and 10 passes of 256 tokens of 352 and 128 fp32 in 2 ms.
+    # 8 and 12 passes of 256 tokens of 352 and 128 fp32 in 2 ms.
     assert geglu["gb_per_s"] == pytest.approx(8 * 256 * 352 * 4 / 2e-3 / 1e9)
-    assert rotary["gb_per_s"] == pytest.approx(10 * 256 * 128 * 4 / 2e-3 / 1e9)
+    assert rotary["gb_per_s"] == pytest.approx(12 * 256 * 128 * 4 / 2e-3 / 1e9)
 
 
 def test_passes_of_every_operation_are_counted():

@@ -39,18 +39,19 @@ def test_the_table_rotates_bit_for_bit_as_megatron_does_by_angles(dim, angle_dty
     torch.manual_seed(0)
     position_ids = torch.randint(2048, (3, 33))
     mixed = torch.randn(33, 3, 2, 3 * dim).to(dtype).requires_grad_()
+    bias = torch.randn(2 * 3 * dim).to(dtype).requires_grad_()
     grads = [torch.randn(33, 3, 2, dim).to(dtype) for _ in range(3)]
     angles = rotary_angles(position_ids, dim, 10000.0, ANGLE_DTYPES[angle_dtype])
     config = SimpleNamespace(apply_rope_fusion=False, rotary_interleaved=False)
-    query, key, value = mixed.split(dim, dim=-1)
+    query, key, value = (mixed.flatten(2) + bias).view_as(mixed).split(dim, dim=-1)
     query, key = (
         apply_rotary_pos_emb(x, angles, config, cp_group="unused") for x in (query, key)
     )
-    expected = query, key, value, *torch.autograd.grad((query, key, value), mixed, grads)
+    expected = query, key, value, *torch.autograd.grad((query, key, value), (mixed, bias), grads)
 
     rotation = RotaryTable(2048, dim, 10000.0, angle_dtype)(position_ids)
-    out = rotate_query_key(mixed, rotation)
-    for actual, wanted in zip((*out, *torch.autograd.grad(out, mixed, grads)), expected,
+    out = rotate_query_key(mixed, bias, rotation)
+    for actual, wanted in zip((*out, *torch.autograd.grad(out, (mixed, bias), grads)), expected,
                               strict=True):
         assert torch.equal(actual, wanted)
 

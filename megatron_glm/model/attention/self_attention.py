@@ -1,5 +1,6 @@
 """GLM's self-attention: Megatron's, with queries and keys rotated in the mixed projection."""
 
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
@@ -14,6 +15,14 @@ class RotarySelfAttention(SelfAttention):
     takes angles: cosine and sine would be computed in every layer, and both rotated tensors kept
     for the backward beside the projection that the value keeps alive.
     """
+
+    def __init__(self, *args, **arguments):
+        """Arguments are SelfAttention's."""
+        super().__init__(*args, **arguments)
+        # Megatron's own linear adds the bias in a pass of its own, which the rotation saves;
+        # Transformer Engine's adds it in the product, for free.
+        if isinstance(self.linear_qkv, ColumnParallelLinear):
+            self.linear_qkv.skip_bias_add = True
 
     def forward(
         self,
@@ -34,8 +43,10 @@ class RotarySelfAttention(SelfAttention):
         self, hidden_states: Tensor, key_value_states: Tensor, **arguments
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated query and key, and value, each [s, b, n, d], n being the heads of this rank."""
-        mixed, _ = super().get_query_key_value_tensors(hidden_states, split_qkv=False)
+        mixed, bias = self.linear_qkv(hidden_states)
+        mixed = mixed.unflatten(-1, (-1, 3 * self.hidden_size_per_attention_head))
         if uses_kernels(self.config, mixed):
             from megatron_glm.model.fused.rotary import rotate_query_key_
-            return rotate_query_key_(mixed, key_value_states)
-        return rotate_query_key(mixed, key_value_states)
+
+            return rotate_query_key_(mixed, bias, key_value_states)
+        return rotate_query_key(mixed, bias, key_value_states)

@@ -87,14 +87,14 @@ def _bias_geglu(inputs: Inputs) -> Operation:
 
 
 def _rotate_query_key(inputs: Inputs) -> Operation:
-    tokens, dim = inputs.sizes.tokens, inputs.sizes.dim
-    mixed = inputs.draw(tokens, 1, inputs.sizes.heads, 3 * dim)
+    tokens, heads, dim = inputs.sizes.tokens, inputs.sizes.heads, inputs.sizes.dim
+    mixed, bias = inputs.draw(tokens, 1, heads, 3 * dim), inputs.draw(heads * 3 * dim)
     positions = torch.arange(tokens, device=mixed.device)[None]
     rotation = RotaryTable(tokens, dim, 10000.0, "fp32")(positions)
     return Operation(
-        lambda mixed: rotary.rotate_query_key_(mixed, rotation),
-        lambda mixed: rotate_query_key(mixed, rotation),
-        (mixed,),
+        lambda mixed, bias: rotary.rotate_query_key_(mixed, bias, rotation),
+        lambda mixed, bias: rotate_query_key(mixed, bias, rotation),
+        (mixed, bias),
     )
 
 

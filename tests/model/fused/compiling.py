@@ -1,5 +1,6 @@
 """Kernels compiled for a GPU that need not be there."""
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -43,14 +44,24 @@ def compile_kernel(
 
 def assert_no_spills(program: CompiledKernel, folder: Path, gpu: str = "H100") -> None:
     """Assembles the program, in `folder`, and reads what the assembler says of registers."""
+    said = _assemble(program, folder, gpu)
+    assert "0 bytes spill stores, 0 bytes spill loads" in said, said
+
+
+def registers_of(program: CompiledKernel, folder: Path, gpu: str = "H100") -> int:
+    """Registers of a thread of the program, which is assembled in `folder`."""
+    return int(re.search(r"Used (\d+) registers", _assemble(program, folder, gpu))[1])
+
+
+def _assemble(program: CompiledKernel, folder: Path, gpu: str) -> str:
+    """What the assembler says of a program."""
     ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
     if not ptxas.exists():
         pytest.skip("this build of Triton brings no ptxas")
     source = folder / "kernel.ptx"
     source.write_text(program.asm["ptx"])
     target = f"sm_{GPUS[gpu]}{'a' if gpu == 'H100' else ''}"
-    said = subprocess.run(
+    return subprocess.run(
         [ptxas, "-v", f"--gpu-name={target}", source, "-o", folder / "kernel.cubin"],
         capture_output=True, text=True, check=True,
     ).stderr
-    assert "0 bytes spill stores, 0 bytes spill loads" in said, said

@@ -16,7 +16,7 @@ from megatron_glm.model import glm_model
 from megatron_glm.model.attention import conformance as mask_conformance
 from megatron_glm.model.attention import core_attention, flex
 from megatron_glm.model.dropout import draw_dropout, drop_channels
-from megatron_glm.model.fused import conformance, geglu, residual_norm, selection
+from megatron_glm.model.fused import conformance, geglu, residual_norm, rotary, selection
 from tests.model.attention.compiled_flex import compiled_flex
 from tests.model.building import build_glm
 
@@ -53,7 +53,8 @@ def count_calls(monkeypatch) -> Counter:
         return call
 
     for module, name in ((residual_norm, "residual_norm"), (residual_norm, "layer_norm"),
-                         (residual_norm, "residual_sum"), (geglu, "bias_geglu")):
+                         (residual_norm, "residual_sum"), (geglu, "bias_geglu"),
+                         (rotary, "rotate_query_key_")):
         monkeypatch.setattr(module, name, counted(getattr(module, name)))
     return calls
 
@@ -84,7 +85,8 @@ def test_a_model_of_kernels_is_the_model_of_torch(is_training, monkeypatch):
     exact = run(is_training, glm_fused_kernels=False)
     assert not calls
     actual = run(is_training)
-    assert calls == {"residual_norm": 2, "layer_norm": 2, "residual_sum": 2, "bias_geglu": 2}
+    assert calls == {"residual_norm": 2, "layer_norm": 2, "residual_sum": 2, "bias_geglu": 2,
+                     "rotate_query_key_": 2}  # fmt: skip
     for name, value in exact.items():
         error = (actual[name] - value).abs().max()
         assert error <= 1e-5 * value.abs().max(), name
