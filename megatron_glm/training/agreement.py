@@ -9,9 +9,7 @@ from megatron_glm.errors import GLMError
 
 
 class DisagreementError(GLMError):
-    """Ranks that share a model have read different data."""
-
-    is_everywhere = True
+    """Ranks that share a model have read different data; those of other replicas do not see it."""
 
 
 class ReadData:
