@@ -43,6 +43,7 @@ from megatron_glm.model.glm_model import (  # noqa: E402
     GLMModel,
     check_kernel_conformance,
     check_mask_conformance,
+    choose_attention_backend,
 )
 from megatron_glm.training.agreement import ReadData  # noqa: E402
 from megatron_glm.training.batch import Batch, next_batch  # noqa: E402
@@ -74,17 +75,18 @@ def tokenizer_from_args(args: Namespace) -> GLMTokenizer:
 def model_config_from_args(args: Namespace) -> GLMModelConfig:
     transformer = core_transformer_config_from_args(args, config_class=GLMTransformerConfig)
     config = gpt_config_from_args(args, transformer, GLMModelConfig)
-    checks = {
+    hooks = {
+        choose_attention_backend: True,
         check_mask_conformance: args.mask_conformance_check,
         check_kernel_conformance: args.kernel_conformance_check,
     }
     config.post_wrap_hooks += [
         partial(
-            check,
+            hook,
             micro_batch_size=args.micro_batch_size,
             max_samples=args.max_samples_per_sequence,
         )
-        for check, is_asked in checks.items()
+        for hook, is_asked in hooks.items()
         if is_asked
     ]
     return config

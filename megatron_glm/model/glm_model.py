@@ -112,6 +112,29 @@ class GLMModel(GPTModel):
         return losses.t().contiguous()
 
 
+def choose_attention_backend(
+    chunks: list[torch.nn.Module], *, micro_batch_size: int, max_samples: int
+) -> list[torch.nn.Module]:
+    """Has auto mean the backend that is fastest on this GPU at the shape of the run.
+
+    A hook after wrapping, as `check_mask_conformance`, to come before it. On a CPU, and where
+    --deterministic-mode asks for the same kernels in every run, auto means what `backends` says.
+    """
+    model, layer = _first_layer(chunks)
+    if layer is None:
+        return chunks
+    setup = _attention_setup(model, layer, micro_batch_size, max_samples)
+    is_timed = setup.device.type == "cuda" and not model.config.deterministic_mode
+    if setup.backend == "auto" and is_timed:
+        from megatron_glm.model.attention.trial import fastest_backend
+
+        best = fastest_backend(setup, model.pg_collection.tp)
+        for chunk in map(unwrap_model, chunks):
+            for layer in chunk.decoder.layers:
+                layer.self_attention.core_attention.backend = best
+    return chunks
+
+
 def check_mask_conformance(
     chunks: list[torch.nn.Module], *, micro_batch_size: int, max_samples: int
 ) -> list[torch.nn.Module]:

@@ -87,11 +87,12 @@ def test_required_figures():
         return {"shape": shape, "dropout": 0.0, "packing": packing, "share": share,
                 "backend": backend, "of_causal": of_causal, "compiled": compiled}  # fmt: skip
 
-    auto, (first, second) = attention.FASTEST["cuda"], attention.REQUIRED_SHAPES
+    first, second = attention.REQUIRED_SHAPES
     rows = [
-        row(first, auto, 1, 0.5, 0.96, compiled=1), row(first, auto, 4, 0.5, 0.5),
-        row(second, auto, 1, 0.5, 0.94, compiled=1),
+        row(first, "flex", 1, 0.5, 0.96, compiled=1), row(first, "flex", 4, 0.5, 0.5),
+        row(first, "triton", 1, 0.5, 0.9), row(second, "flex", 1, 0.5, 0.94, compiled=1),
+        row(second, "triton", 1, 0.5, None),
     ]  # fmt: skip
     assert [check.passed for check in attention.judge(rows)] == [True, False, True]
-    again = [*rows, row(first, auto, 4, 1.0, 0.9, compiled=1)]
+    again = [*rows, row(first, "flex", 4, 1.0, 0.9, compiled=1)]
     assert [check.passed for check in attention.judge(again)] == [True, False, False]

@@ -220,7 +220,7 @@ def _rank(job: Job, stage: int) -> Iterator[None]:
                 "torch.nn.functional.dropout": _dropout_as_on_a_gpu,
                 "torch.fx.experimental._config.meta_nonzero_assume_all_nonzero": True,
                 "megatron_glm.model.attention.core_attention.select_backend":
-                    lambda name, device, has_dropout: triton_attention.attention,
+                    lambda name, device: triton_attention.attention,
                 "megatron_glm.model.fused.selection.DEVICES": ("cuda", "meta"),
                 "megatron_glm.model.weight_gradient.wgrad_gemm_accum_fp32": lambda *tensors: None,
             }.items():

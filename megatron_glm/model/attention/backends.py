@@ -53,10 +53,9 @@ devices on which it can train."""
 OWN_DROPOUT = ("cudnn",)
 """Backends that drop other probabilities than `reference.attention` by the same seed."""
 
-FASTEST = {"cpu": "sdpa", "cuda": "flex"}
-FASTEST_WITH_DROPOUT = {"cpu": "sdpa", "cuda": "triton"}
-"""What auto means on a device; `python -m benchmarks.attention` measures it. FlexAttention, whose
-kernels are Triton's too, takes twice the work for dropout."""
+DEFAULTS = {"cpu": "sdpa", "cuda": "triton"}
+"""What auto means on a device where `trial` has not timed the others; FlexAttention would compile
+for every shape."""
 
 
 def backends_of(device: str) -> list[str]:
@@ -79,15 +78,13 @@ def load_backend(name: str) -> Attention:
 
 
 @cache
-def select_backend(name: str, device: str, has_dropout: bool) -> Attention:
-    """The backend called `name` or, for auto, the fastest one of a type of device for a model
-    that is trained with dropout of attention, or without.
+def select_backend(name: str, device: str) -> Attention:
+    """The backend called `name` or, for auto, the default of a type of device.
 
     Raises:
         GLMError: a name outside BACKENDS, or one that cannot train on the device.
     """
-    fastest = FASTEST_WITH_DROPOUT if has_dropout else FASTEST
-    chosen = fastest.get(device, "reference") if name == "auto" else name
+    chosen = DEFAULTS.get(device, "reference") if name == "auto" else name
     attention = load_backend(chosen)
     if device not in BACKENDS[chosen]:
         raise GLMError(

@@ -89,10 +89,9 @@ def check_backend(
 
     With dropout the same kernels run at a rate of 2 ** -24, so that they drop next to nothing.
     """
-    has_dropout = setup.dropout_probability > 0.0
-    attend = select_backend(setup.backend, setup.device.type, has_dropout)
+    attend = select_backend(setup.backend, setup.device.type)
     dropout = None
-    if has_dropout:
+    if setup.dropout_probability > 0.0:
         seed = torch.zeros(2, dtype=torch.int32, device=setup.device)
         dropout = Dropout(2.0**-24, seed)
 

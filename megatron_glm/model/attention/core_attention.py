@@ -69,9 +69,7 @@ class PrefixAttention(MegatronModule):
                 "described by the samples [b, 2, k] in attention_mask"
             )
         probability = self.dropout_probability if self.training else 0.0
-        # One for training and evaluation: they differ in rounding.
-        has_dropout = self.dropout_probability > 0.0
-        return select_backend(self.backend, query.device.type, has_dropout)(
+        return select_backend(self.backend, query.device.type)(
             query,
             key,
             value,

@@ -91,17 +91,13 @@ def _attention(setup: AttentionSetup, draw: Callable) -> Check:
     rate = 0.0 if setup.backend in OWN_DROPOUT else setup.dropout_probability
     dropout = _dropout(rate, setup.device) if rate else None
 
-    has_dropout = setup.dropout_probability > 0.0
-
     def attend(attention, mixed):
         return attention(
             *mixed.split(dim, dim=-1), samples, softmax_scale=setup.softmax_scale, dropout=dropout
         )
 
     operation = Operation(
-        lambda mixed: attend(
-            select_backend(setup.backend, mixed.device.type, has_dropout), mixed
-        ),
+        lambda mixed: attend(select_backend(setup.backend, mixed.device.type), mixed),
         # At the length of a run the whole mask may be too large.
         lambda mixed: attend(chunked.attention, mixed),
         (draw(seq_length, batch, setup.heads, 3 * dim),),

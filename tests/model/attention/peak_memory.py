@@ -30,7 +30,7 @@ def forward_and_backward(backend: str, probability: float, seq_length: int) -> N
     samples = samples_from([[(half, half // 2), (half - 64, 100), (64, 0)]])
     mixed = torch.randn(seq_length, 1, HEADS, 3 * DIM, requires_grad=True)
     query, key, value = mixed.split(DIM, dim=-1)
-    out = select_backend(backend, "cpu", probability > 0.0)(
+    out = select_backend(backend, "cpu")(
         query, key, value, samples, softmax_scale=DIM**-0.5,
         dropout=draw_dropout(probability, mixed.device),
     )

@@ -1,0 +1,70 @@
+"""Which backend trains fastest on this GPU at the shape of the run? Timed before training."""
+
+import logging
+
+import torch
+from megatron.core.utils import log_single_rank
+from triton.testing import do_bench
+
+from megatron_glm.model.attention.backends import load_backend
+from megatron_glm.model.attention.bounds import make_samples
+from megatron_glm.model.attention.conformance import AttentionSetup
+from megatron_glm.model.dropout import Dropout
+
+logger = logging.getLogger(__name__)
+
+CANDIDATES = ("flex", "triton", "cudnn")
+CONTEXT_SHARE = 0.4
+"""Of a sample, as in the mean of [gMASK]."""
+PLACES = 4
+"""For samples, as most micro-batches have."""
+
+
+def fastest_backend(setup: AttentionSetup, group: torch.distributed.ProcessGroup) -> str:
+    """Name of the candidate that takes least for a forward and a backward pass.
+
+    Every rank of the group must call it and gets the answer of the first. A candidate that does not
+    work on this machine is passed over; where none does, the first is returned, for its error to be
+    seen.
+    """
+    milliseconds: dict[str, float] = {}
+    reasons: dict[str, str] = {}
+    for name in CANDIDATES:
+        try:
+            milliseconds[name] = _milliseconds(name, setup)
+        # Whatever stops a kernel, another one may do.
+        except Exception as error:
+            reasons[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    best = min(milliseconds, key=milliseconds.get, default=CANDIDATES[0])
+    choice = torch.tensor([CANDIDATES.index(best)], device=setup.device)
+    torch.distributed.broadcast(choice, group=group, group_src=0)
+    best = CANDIDATES[choice.item()]
+    found = {name: f"{time:.2f} ms" for name, time in milliseconds.items()} | reasons
+    log_single_rank(
+        logger, logging.INFO,
+        f"attention, forward and backward, of {setup.batch} x {setup.seq_length} tokens: "
+        f"{'; '.join(f'{name} {found[name]}' for name in CANDIDATES)}. Training with {best}",
+    )  # fmt: skip
+    return best
+
+
+def _milliseconds(name: str, setup: AttentionSetup) -> float:
+    """Median time of both passes."""
+    attend, generator = load_backend(name), torch.Generator(setup.device).manual_seed(0)
+    shape = (setup.seq_length, setup.batch, setup.heads, setup.dim)
+    mixed = torch.randn(*shape[:3], 3 * setup.dim, generator=generator, device=setup.device)
+    mixed = mixed.to(setup.dtype).requires_grad_()
+    grad = torch.randn(shape, generator=generator, device=setup.device).to(setup.dtype).flatten(2)
+    context = torch.zeros(setup.batch, min(PLACES, setup.max_samples), device=setup.device)
+    context[:, 0] = int(CONTEXT_SHARE * setup.seq_length)
+    samples = make_samples(context, torch.full_like(context, setup.seq_length))
+    dropout = None
+    if setup.dropout_probability > 0.0:
+        seed = torch.zeros(2, dtype=torch.int32, device=setup.device)
+        dropout = Dropout(setup.dropout_probability, seed)
+
+    def passes() -> None:
+        parts = mixed.split(setup.dim, dim=-1)
+        attend(*parts, samples, softmax_scale=setup.softmax_scale, dropout=dropout).backward(grad)
+
+    return do_bench(passes, grad_to_none=[mixed], return_mode="median")

@@ -1,0 +1,88 @@
+"""The backend that auto chooses on a GPU."""
+
+import pytest
+import torch
+
+from megatron_glm.model import glm_model
+from megatron_glm.model.attention import trial
+from megatron_glm.model.attention.conformance import AttentionSetup
+from tests.model.building import build_glm
+from tests.ranks import run_ranks
+
+SETUP = AttentionSetup(
+    backend="auto", batch=2, seq_length=64, heads=2, dim=16, max_samples=8, softmax_scale=0.25,
+    dropout_probability=0.1, dtype=torch.float32, device=torch.device("cpu"),
+)  # fmt: skip
+
+
+def choose(milliseconds: list[dict]) -> str:
+    mine = milliseconds[torch.distributed.get_rank()]
+
+    def timed(name, setup):
+        if name not in mine:
+            raise RuntimeError("does not work here\nmore")
+        return mine[name]
+
+    trial._milliseconds = timed
+    return trial.fastest_backend(SETUP, torch.distributed.group.WORLD)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    "milliseconds, best",
+    [
+        ([{"flex": 2.0, "triton": 1.5, "cudnn": 1.0}], "cudnn"),
+        ([{"flex": 2.0, "triton": 1.5}], "triton"),
+        ([{}], "flex"),
+        # Ranks that differ follow the first.
+        ([{"flex": 1.0, "triton": 1.1}, {"flex": 1.1, "triton": 1.0}], "flex"),
+    ],
+)
+def test_the_fastest_that_works_is_chosen_on_every_rank(milliseconds, best):
+    size = len(milliseconds)
+    assert run_ranks(choose, milliseconds, world_size=size) == [best] * size
+
+
+def test_both_passes_are_timed_at_the_shape_of_the_run(monkeypatch):
+    seen = []
+
+    def attend(query, key, value, samples, *, softmax_scale, dropout):
+        sizes = query.shape, query.stride(), samples.shape
+        seen.append((*sizes, softmax_scale, dropout.probability))
+        assert samples[:, 0].tolist() == [[25, 0, 0, 0]] * 2 and (samples[:, 1] == 64).all()
+        return (query + key + value).flatten(2)
+
+    def do_bench(passes, grad_to_none, return_mode):
+        passes()
+        assert grad_to_none[0].grad.shape == (64, 2, 2, 48)
+        return 1.0
+
+    monkeypatch.setattr(trial, "load_backend", lambda name: attend)
+    monkeypatch.setattr(trial, "do_bench", do_bench)
+    assert trial._milliseconds("any", SETUP) == 1.0
+    assert seen == [((64, 2, 2, 16), (192, 96, 48, 1), (2, 2, 4), 0.25, 0.1)]
+
+
+def hook(options: dict, device: str) -> list[str]:
+    chunks = build_glm(**options)
+    setup = glm_model._attention_setup
+    glm_model._attention_setup = lambda *given: setup(*given)._replace(device=torch.device(device))
+    trial.fastest_backend = lambda setup, group: "triton"
+    done = glm_model.choose_attention_backend(chunks, micro_batch_size=2, max_samples=8)
+    assert done is chunks
+    return [layer.self_attention.core_attention.backend for layer in chunks[0].decoder.layers]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    "options, device, backend",
+    [
+        ({}, "cuda", "triton"),
+        ({}, "cpu", "auto"),
+        ({"deterministic_mode": True}, "cuda", "auto"),
+        ({"glm_attention_backend": "flex"}, "cuda", "flex"),
+    ],
+)
+def test_auto_alone_is_timed_and_on_a_gpu_alone(options, device, backend):
+    (backends,) = run_ranks(hook, options, device, world_size=1)
+    assert set(backends) == {backend} and len(backends) > 1
