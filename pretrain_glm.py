@@ -84,6 +84,7 @@ def model_config_from_args(args: Namespace) -> GLMModelConfig:
         partial(
             hook,
             micro_batch_size=args.micro_batch_size,
+            seq_length=args.seq_length,
             max_samples=args.max_samples_per_sequence,
         )
         for hook, is_asked in hooks.items()

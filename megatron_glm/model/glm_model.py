@@ -113,7 +113,7 @@ class GLMModel(GPTModel):
 
 
 def choose_attention_backend(
-    chunks: list[torch.nn.Module], *, micro_batch_size: int, max_samples: int
+    chunks: list[torch.nn.Module], *, micro_batch_size: int, seq_length: int, max_samples: int
 ) -> list[torch.nn.Module]:
     """Has auto mean the backend that is fastest on this GPU at the shape of the run.
 
@@ -123,7 +123,7 @@ def choose_attention_backend(
     model, layer = _first_layer(chunks)
     if layer is None:
         return chunks
-    setup = _attention_setup(model, layer, micro_batch_size, max_samples)
+    setup = _attention_setup(model, layer, micro_batch_size, seq_length, max_samples)
     is_timed = setup.device.type == "cuda" and not model.config.deterministic_mode
     if setup.backend == "auto" and is_timed:
         from megatron_glm.model.attention.trial import fastest_backend
@@ -136,7 +136,7 @@ def choose_attention_backend(
 
 
 def check_mask_conformance(
-    chunks: list[torch.nn.Module], *, micro_batch_size: int, max_samples: int
+    chunks: list[torch.nn.Module], *, micro_batch_size: int, seq_length: int, max_samples: int
 ) -> list[torch.nn.Module]:
     """Proves prefix attention on this stage's real backend, layout and dtype before training.
 
@@ -146,13 +146,13 @@ def check_mask_conformance(
     """
     model, layer = _first_layer(chunks)
     if layer is not None:
-        setup = _attention_setup(model, layer, micro_batch_size, max_samples)
+        setup = _attention_setup(model, layer, micro_batch_size, seq_length, max_samples)
         check_backend(setup, model.pg_collection.tp)
     return chunks
 
 
 def check_kernel_conformance(
-    chunks: list[torch.nn.Module], *, micro_batch_size: int, max_samples: int
+    chunks: list[torch.nn.Module], *, micro_batch_size: int, seq_length: int, max_samples: int
 ) -> list[torch.nn.Module]:
     """Compares, on a GPU, each kernel of this run with torch's operations at this stage's widths.
 
@@ -165,7 +165,7 @@ def check_kernel_conformance(
     from megatron_glm.model.fused.operations import Sizes
 
     config, tp = model.config, model.pg_collection.tp.size()
-    setup = _attention_setup(model, layer, micro_batch_size, max_samples)
+    setup = _attention_setup(model, layer, micro_batch_size, seq_length, max_samples)
     sizes = Sizes(
         NUM_TOKENS, config.hidden_size, config.ffn_hidden_size // tp, setup.heads, setup.dim,
         model.vocab_size // tp,
@@ -189,10 +189,13 @@ def _first_layer(
 
 
 def _attention_setup(
-    model: GLMModel, layer: TransformerLayer, micro_batch_size: int, max_samples: int
+    model: GLMModel,
+    layer: TransformerLayer,
+    micro_batch_size: int,
+    seq_length: int,
+    max_samples: int,
 ) -> AttentionSetup:
     weight, attention = layer.self_attention.linear_qkv.weight, layer.self_attention.core_attention
-    seq_length = model.max_sequence_length
     # On a CPU the checks would take longer than their answer is worth; its kernels have no tiles
     # that a long sequence would reach and a short one not.
     if weight.device.type == "cpu":

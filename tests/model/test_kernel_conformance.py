@@ -21,16 +21,17 @@ def asked(devices: tuple[str, ...], options: dict) -> list:
     conformance.check_kernels = lambda *arguments, **parts: calls.append((arguments, parts))
     glm_model.DEVICES = devices
     chunks = build_glm(num_layers=1, **options)
-    assert glm_model.check_kernel_conformance(chunks, micro_batch_size=3, max_samples=5) is chunks
+    shape = {"micro_batch_size": 3, "seq_length": 48, "max_samples": 5}
+    assert glm_model.check_kernel_conformance(chunks, **shape) is chunks
     return calls
 
 
-def test_widths_are_those_of_the_rank():
+def test_widths_are_those_of_the_rank_and_the_length_is_not_the_longest_possible():
     options = {"glm_attention_backend": "chunked", "glm_fused_kernels": False,
                "attention_dropout": 0.1}  # fmt: skip
     for calls in run_ranks(asked, ("cpu",), options, tensor_model_parallel_size=2):
         [(arguments, parts)] = calls
-        setup = AttentionSetup("chunked", 3, 96, 2, 16, 5, 0.25, 0.1, torch.float32,
+        setup = AttentionSetup("chunked", 3, 48, 2, 16, 5, 0.25, 0.1, torch.float32,
                                torch.device("cpu"))  # fmt: skip
         assert arguments == ((256, 64, 88, 2, 16, 256), setup)
         assert parts == {"with_fused": False, "with_weight_gradient": False}

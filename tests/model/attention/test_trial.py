@@ -68,7 +68,8 @@ def hook(options: dict, device: str) -> list[str]:
     setup = glm_model._attention_setup
     glm_model._attention_setup = lambda *given: setup(*given)._replace(device=torch.device(device))
     trial.fastest_backend = lambda setup, group: "triton"
-    done = glm_model.choose_attention_backend(chunks, micro_batch_size=2, max_samples=8)
+    shape = {"micro_batch_size": 2, "seq_length": 64, "max_samples": 8}
+    done = glm_model.choose_attention_backend(chunks, **shape)
     assert done is chunks
     return [layer.self_attention.core_attention.backend for layer in chunks[0].decoder.layers]
 

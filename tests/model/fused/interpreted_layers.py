@@ -115,7 +115,7 @@ def test_checks_compile_the_attention_that_trains(dropout, num_graphs, monkeypat
 
     with compiled_flex(monkeypatch) as graphs:
         for check in (glm_model.check_mask_conformance, glm_model.check_kernel_conformance):
-            check([model], micro_batch_size=2, max_samples=2)
+            check([model], micro_batch_size=2, seq_length=16, max_samples=2)
             assert len(graphs) == num_graphs
         attend(2).sum().backward()
         assert len(graphs) == num_graphs
