@@ -1,0 +1,72 @@
+"""No step after the first two compiles anything, however many targets and samples it has.
+
+As on a GPU, on one that computes nothing (tests/null_gpu.py): a kernel is compiled for types,
+strides and the alignment of addresses and sizes, some of which follow the data.
+"""
+
+import json
+
+import pytest
+
+from tests.null_gpu import run_on_null_gpu
+from tests.training.corpus import make_corpus
+from tests.training.pretraining import TINY
+
+PROGRAM = """
+import json
+import torch, triton
+import pretrain_glm
+from megatron.training import training
+
+compiled, steps, shapes = [], [], set()
+read, train = pretrain_glm.next_batch, training.train_step
+
+def next_batch(*given, **sizes):
+    batch = read(*given, **sizes)
+    shapes.add((len(batch.target_rows), batch.num_places))
+    return batch
+
+def train_step(*given, **options):
+    result = train(*given, **options)
+    steps.append(compiled.copy())
+    compiled.clear()
+    return result
+
+def graph(arguments):
+    compiled.append("a graph")
+
+def kernel(*, src, **_):
+    compiled.append(src.name)
+
+torch._dynamo.callback.on_compile_start(graph)
+triton.knobs.compilation.listener = kernel
+# Megatron's own warm-up compiles what is no part of a GLM.
+training.set_jit_fusion_options = lambda **_: None
+pretrain_glm.next_batch, training.train_step = next_batch, train_step
+pretrain_glm.main()
+print("\\n" + json.dumps([steps, sorted(shapes)]))
+"""
+# A sequence whose sixteenth is no multiple of four: addresses of some of its rows are unaligned.
+RUNS = {
+    "flex": ["--bf16", "--glm-attention-backend", "flex"],
+    "triton": ["--fp16", "--glm-attention-backend", "triton", "--seq-length", "116",
+               "--hidden-dropout", "0.1", "--attention-dropout", "0.1"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return make_corpus(tmp_path_factory.mktemp("corpus"), num_documents=60)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_steps_of_other_shapes_compile_nothing(corpus, name):
+    done = run_on_null_gpu(
+        PROGRAM, *TINY, *corpus.flags, *RUNS[name], "--train-iters", "10",
+        "--no-kernel-conformance-check",
+    )
+    assert done.returncode == 0, done.stderr
+    steps, shapes = json.loads(done.stdout.splitlines()[-1])
+    assert len(steps) == 10 and steps[0]
+    assert len({rows for rows, _ in shapes}) >= 6 and len({places for _, places in shapes}) >= 2
+    assert steps[2:] == [[]] * 8
