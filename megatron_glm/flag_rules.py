@@ -166,12 +166,7 @@ def check_flags(args: Namespace) -> None:
                 raise FlagError(f"--{dest.replace('_', '-')} {value}: {rule}")
     if args.lr is not None and args.min_lr > args.lr:
         raise FlagError(f"--min-lr {args.min_lr}: must be at most --lr {args.lr}")
-    for module in args.recompute_modules or ():
-        if module in RECOMPUTE_REFUSED:
-            raise FlagError(
-                f"--recompute-modules {module}: {RECOMPUTE_REFUSED[module]}; use core_attn or mlp, "
-                "or --recompute-granularity full"
-            )
+    _check_recomputation(args)
     if args.glm_attention_backend not in ("auto", *BACKENDS):
         raise FlagError(
             f"--glm-attention-backend {args.glm_attention_backend}: must be auto or one of "
@@ -198,6 +193,28 @@ def check_flags(args: Namespace) -> None:
                 f"{args.num_attention_heads}: the head dimension must be an even integer (rotary "
                 "positions turn pairs)"
             )
+
+
+def _check_recomputation(args: Namespace) -> None:
+    own = "--glm-recompute-norms-and-geglu"
+    for module in args.recompute_modules or ():
+        if module in RECOMPUTE_REFUSED:
+            raise FlagError(
+                f"--recompute-modules {module}: {RECOMPUTE_REFUSED[module]}; use {own} for norms, "
+                "core_attn or mlp, or --recompute-granularity full"
+            )
+    if not args.glm_recompute_norms_and_geglu:
+        return
+    if args.recompute_granularity == "full":
+        raise FlagError(
+            f"{own} with --recompute-granularity full: that recomputes them with all the rest; "
+            "drop either"
+        )
+    if args.transformer_impl == "transformer_engine":
+        raise FlagError(
+            f"{own} with --transformer-impl transformer_engine: what its linears keep has never "
+            "been replaced; drop either"
+        )
 
 
 def _check_data_paths(args: Namespace) -> None:

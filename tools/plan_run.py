@@ -51,6 +51,7 @@ SEARCHED = {
     "account_for_embedding_in_pipeline_split": False, "account_for_loss_in_pipeline_split": False,
     "recompute_granularity": None, "recompute_method": None, "recompute_num_layers": None,
     "sequence_parallel": False, "distribute_saved_activations": False,
+    "glm_recompute_norms_and_geglu": False,
 }  # fmt: skip
 
 

@@ -55,6 +55,10 @@ class GLMArchitecture:
     """Run what lies between matrix products in Triton kernels that pass over memory once each way,
     where the model is on a GPU. Without it, and on a CPU, torch's own operations run."""
 
+    glm_recompute_norms_and_geglu: bool = False
+    """Make the outputs of norms and GeGLU, which linears take, again in the backward pass instead
+    of keeping them: a quarter to a third of what a layer keeps, for a pass over memory each."""
+
     transformer_impl: Literal["local", "transformer_engine"] = "local"
     """Whose linears the layers are made of: Megatron's own, or Transformer Engine's where it is
     installed. Attention, norms and rotary positions are GLM's own with either, and checkpoints

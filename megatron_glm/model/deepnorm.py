@@ -5,6 +5,7 @@ a = LN1(x); h = alpha * a + Attn(a); m = LN2(h); x' = alpha * m + MLP(m), with a
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from megatron.core.transformer import TransformerConfig
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from megatron_glm.model.config import GLMTransformerConfig
 from megatron_glm.model.fused.selection import uses_kernels
+from megatron_glm.model.recomputation import give_recipe
 from megatron_glm.model.residual import ScaledResidual, Sum
 
 
@@ -48,12 +50,17 @@ class DeepNormLayerNorm(LayerNorm):
 
     def forward(self, x: Tensor | Sum) -> tuple[Tensor, Tensor | ScaledResidual]:
         if isinstance(x, Sum) or uses_kernels(self.config, x):
-            from megatron_glm.model.fused.residual_norm import layer_norm, residual_norm
+            from megatron_glm.model.fused.residual_norm import layer_norm, normalised, residual_norm
 
             norm = residual_norm if isinstance(x, Sum) else layer_norm
             y, residual = norm(x, self.weight, self.bias, self.eps)
+            if self.config.glm_recompute_norms_and_geglu and y.requires_grad:
+                z = normalised(y)
+                give_recipe(y, lambda: layer_norm(z, self.weight, self.bias, self.eps)[0])
             return y, ScaledResidual(residual, self.alpha)
         y = super().forward(x)
+        if self.config.glm_recompute_norms_and_geglu:
+            give_recipe(y, partial(super().forward, x))
         return y, self.alpha * y
 
 

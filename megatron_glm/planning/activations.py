@@ -16,10 +16,12 @@ Kept = dict[str, int]
 
 RECOMPUTED = {
     "core_attn": ("log-sum-exp",),
-    "mlp": ("fc1 output", "gelu", "ungated half", "fc2 input"),
+    "mlp": ("fc1 output", "gelu", "fc2 input"),
 }
 """What no longer is kept under a module of --recompute-modules. The attention kernels keep nothing
 of size s x s, so that core_attn saves next to nothing."""
+MADE_AGAIN = ("linear_qkv input", "fc1 input", "fc2 input")
+"""What linears no longer keep under --glm-recompute-norms-and-geglu."""
 
 
 def _sizes(job: Job) -> tuple[int, int, int, int, int]:
@@ -60,20 +62,31 @@ def whole_layer(job: Job) -> Kept:
         "fc1 input": h * split_tokens,
         "fc1 output": 2 * f * tokens,
         "gelu": f * tokens * if_unfused,
-        "ungated half": f * tokens * if_unfused,
         "fc2 input": f * tokens,
         "MLP's dropout mask": mask,
     }
 
 
 def layer(job: Job) -> Kept:
-    """Bytes kept of one layer under selective recomputation, or none."""
+    """Bytes kept of one layer where not all of it is recomputed."""
     kept = whole_layer(job)
-    if job.recompute_granularity == "selective":
-        for module in job.recompute_modules:
-            for name in RECOMPUTED[module]:
-                kept[name] = 0
-    return kept
+    return kept | dict.fromkeys([*_recomputed(job), *made_again(job)], 0)
+
+
+def made_again(job: Job) -> Kept:
+    """Bytes of what is made for the backward pass of a linear alone, and given back behind it."""
+    if not job.glm_recompute_norms_and_geglu:
+        return {}
+    kept = whole_layer(job)
+    # The recomputation of the whole MLP keeps what it begins with.
+    is_given = "fc2 input" in _recomputed(job)
+    return {name: kept[name] for name in MADE_AGAIN if not (is_given and name == "fc1 input")}
+
+
+def _recomputed(job: Job) -> list[str]:
+    """What is not kept under selective recomputation."""
+    modules = job.recompute_modules if job.recompute_granularity == "selective" else ()
+    return [name for module in modules for name in RECOMPUTED[module]]
 
 
 def checkpoint(job: Job) -> int:
@@ -148,7 +161,7 @@ def recomputed_bytes(job: Job, num_layers: int) -> int:
     if job.recompute_granularity is None:
         return 0
     if job.recompute_granularity == "selective":
-        return every - sum(layer(job).values())
+        return sum(whole[name] for name in {*_recomputed(job)} - {*made_again(job)})
     # The input of what is recomputed is kept already.
     given = whole["input norm's input"]
     if job.recompute_method == "block":

@@ -74,6 +74,7 @@ class Job:
     recompute_num_layers: int | None = None
     recompute_modules: tuple[str, ...] = ()
     distribute_saved_activations: bool = False
+    glm_recompute_norms_and_geglu: bool = False
     hidden_dropout: float = 0.1
     attention_dropout: float = 0.1
     glm_fused_kernels: bool = True

@@ -80,10 +80,11 @@ def layout(job: Job) -> str:
 
 def recomputation(job: Job) -> str:
     """What is recomputed, in a few words."""
-    if job.recompute_granularity is None:
-        return "no recomputation"
-    if job.recompute_granularity == "selective":
-        return f"{' and '.join(job.recompute_modules)} recomputed"
+    if job.recompute_granularity != "full":
+        parts = ["norms and GeGLU"] * job.glm_recompute_norms_and_geglu
+        if job.recompute_granularity == "selective":
+            parts += job.recompute_modules
+        return f"{', '.join(parts) or 'nothing'} recomputed"
     if job.recompute_method == "block":
         return f"{job.recompute_num_layers} layers of a stage recomputed"
     return "all recomputed"
@@ -123,7 +124,7 @@ def plans_table(plans: list[Plan]) -> list[str]:
     for plan in plans:
         job = plan.job
         days = "" if plan.days is None else f"{plan.days:.1f}"
-        recomputed = recomputation(job).removesuffix(" recomputed").removesuffix(" recomputation")
+        recomputed = recomputation(job).removesuffix(" recomputed")
         lines.append(
             f"{job.tensor_model_parallel_size:>3} {job.pipeline_model_parallel_size:>3} "
             f"{job.data_parallel_size:>4} {job.micro_batch_size:>5} {job.num_chunks:>6}  "
@@ -152,6 +153,7 @@ def flags(job: Job) -> list[str]:
         "sequence_parallel", "use_distributed_optimizer", "overlap_grad_reduce",
         "overlap_param_gather", "account_for_embedding_in_pipeline_split",
         "account_for_loss_in_pipeline_split", "distribute_saved_activations",
+        "glm_recompute_norms_and_geglu",
     ):  # fmt: skip
         if getattr(job, name):
             words.append(f"--{name.replace('_', '-')}")

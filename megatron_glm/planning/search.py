@@ -12,7 +12,10 @@ MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 CHUNKS = (None, 2, 3, 4, 5, 6)
 RECOMPUTATIONS: tuple[dict, ...] = (
     {"recompute_granularity": None, "recompute_modules": ()},
+    {"recompute_granularity": None, "recompute_modules": (), "glm_recompute_norms_and_geglu": True},
     {"recompute_granularity": "selective", "recompute_modules": ("mlp",)},
+    {"recompute_granularity": "selective", "recompute_modules": ("mlp",),
+     "glm_recompute_norms_and_geglu": True},
     {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 )
 SPLITS: tuple[dict, ...] = (
@@ -36,7 +39,7 @@ def layouts(job: Job, cluster: Cluster) -> Iterator[Job]:
                 "decoder_last_pipeline_num_layers": None, "recompute_method": None,
                 "account_for_embedding_in_pipeline_split": False,
                 "account_for_loss_in_pipeline_split": False, "recompute_num_layers": None,
-                "distribute_saved_activations": False,
+                "distribute_saved_activations": False, "glm_recompute_norms_and_geglu": False,
             }  # fmt: skip
             several = p > 1
             for micro, chunks, split, recomputation in product(

@@ -6,6 +6,7 @@ after the other; communication that runs beside products takes what these leave 
 
 from dataclasses import dataclass
 
+from megatron_glm.planning import activations
 from megatron_glm.planning.cluster import Cluster
 from megatron_glm.planning.job import Job
 from megatron_glm.planning.operations import (
@@ -100,7 +101,7 @@ def layer_passes(job: Job, cluster: Cluster, shares: Shares) -> Passes:
     attention_passes = 3.5 + recomputed_attention_share(job)
     attention = 4 * pairs * job.attention_size / t * attention_passes / cluster.attention_rate
     forward, backward = _memory_bytes(job)
-    moved = forward * (1 + recomputed_share(job)) + backward
+    moved = forward * (1 + recomputed_share(job)) + backward + _made_again(job)
     memory = (moved * e + weights * _accumulation_bytes(job)) / cluster.memory_rate
     busy = products + attention + memory
     return Passes(
@@ -130,10 +131,18 @@ def _memory_bytes(job: Job) -> tuple[float, float]:
         # Their gradients 4 + 5 + 3 h and the sums of two gradients 6 h; 6 a; 5 f.
         backward = 18 * h + 6 * a + 5 * f
     else:
-        # Norms and scaled residuals 8 h, bias, dropout and sum 6 h; 6 a and 24 a; 11 f.
-        forward = 14 * h + 30 * a + 11 * f
+        # Norms and scaled residuals 8 h, bias, dropout and sum 6 h; 6 a and 24 a; 9 f.
+        forward = 14 * h + 30 * a + 9 * f
         backward = 26 * h + 45 * a + 17 * f
     return forward * tokens, backward * tokens
+
+
+def _made_again(job: Job) -> float:
+    """Elements read and written to make inputs of linears again: a norm's rows in and out, GeGLU's
+    two halves in and one out, without kernels by way of one more."""
+    names = activations.made_again(job)
+    passes = {"linear_qkv input": 2, "fc1 input": 2, "fc2 input": 3 if job.glm_fused_kernels else 5}
+    return sum(passes[name] * size / job.element_size for name, size in names.items())
 
 
 def _accumulation_bytes(job: Job) -> int:

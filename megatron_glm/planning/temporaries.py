@@ -16,7 +16,8 @@ def layer(job: Job, stage: int) -> dict[str, int]:
     num_layers = stage_layers(job)[stage][-1]
     if num_layers == 0:
         return {}
-    kept = activations.whole_layer(job)
+    made_again = activations.made_again(job)
+    kept = activations.whole_layer(job) | dict.fromkeys(made_again, 0)
     hidden, split_hidden = _hidden(job)
     f = job.ffn_hidden_size // job.tensor_model_parallel_size
     ffn = f * job.tokens * job.element_size
@@ -26,22 +27,36 @@ def layer(job: Job, stage: int) -> dict[str, int]:
         base += split_hidden
     if is_last(job, stage, job.num_chunks - 1):
         base -= sum(activations.logits(job).values())
+    if job.pipeline_model_parallel_size == 1:
+        # The gradient of the tied weight from the logits waits for that from the embedding.
+        base += _weight(job, job.padded_vocab_size // job.tensor_model_parallel_size)
     fused, is_recomputed = job.glm_fused_kernels, job.recompute_granularity == "full"
-    # The output of fc2, without kernels also with its bias, after dropout, and the scaled residual;
-    # and the sum of all.
-    moments = {"forward of a layer": base + ((2 if fused else 5) + is_recomputed) * split_hidden}
+    of_qkv, of_fc1, of_fc2 = (made_again.get(name, 0) for name in activations.MADE_AGAIN)
+    # What is not kept lives until the residual is added, which without kernels is a tensor of its
+    # own.
+    held = of_fc1 + of_qkv * fused
+    moments = {
+        "forward of fc2": base + held + of_fc2 + hidden + (not fused) * split_hidden,
+        # The output of fc2, without kernels also with its bias, after dropout, and the scaled
+        # residual; and the sum of all.
+        "forward of a layer": base + held + ((2 if fused else 5) + is_recomputed) * split_hidden,
+    }
 
     # The gradients of the output and of the residual, which are one without kernels, and the
     # recomputed output.
     base += (1 + fused + is_recomputed) * split_hidden
     freed = kept["MLP's dropout mask"]
     gathered = hidden if job.sequence_parallel else 0
-    moments["backward of fc2"] = base - freed + split_hidden + gathered + ffn + _weight(job, f)
+    moments["backward of fc2"] = (
+        base - freed + of_fc2 + split_hidden + gathered + ffn + _weight(job, f)
+    )
     freed += kept["fc2 input"]
     moments["backward of GeGLU"] = base - freed + 3 * ffn
-    freed += kept["gelu"] + kept["ungated half"] + kept["fc1 output"]
+    freed += kept["gelu"] + kept["fc1 output"]
     scattered = split_hidden if job.sequence_parallel else 0
-    moments["backward of fc1"] = base - freed + 2 * ffn + hidden + scattered + _weight(job, 2 * f)
+    moments["backward of fc1"] = (
+        base - freed + of_fc1 + 2 * ffn + hidden + scattered + _weight(job, 2 * f)
+    )
     return moments
 
 
@@ -55,27 +70,24 @@ def logits(job: Job) -> dict[str, int]:
     is_widened = job.element_size < FP32 and not job.glm_fused_kernels
     logits_bytes = v * job.tokens * job.element_size
     freed = kept["logits"] if is_widened else 0
-    moments = {
+    return {
         "loss": held + (logits_bytes if is_widened else 0),
         "backward of logits": (
             held - freed + (logits_bytes if is_widened else 0) + hidden + _weight(job, v)
         ),
     }
-    freed = kept["logits"] + kept["targets' hidden states"]
-    # Autograd's gradient of the tied weight, and the same shrunk.
-    moments["gradient shrink of logits"] = held - freed + split_hidden + 2 * _weight(job, v)
-    return moments
 
 
 def embedding_backward(job: Job, kept_bytes: int) -> dict[str, int]:
-    """The moment after the backward pass of a micro-batch on the first stage.
+    """The end of the backward pass of a micro-batch on the first stage.
 
     kept_bytes: of one micro-batch in the first chunk, all given back by then.
     """
     v = job.padded_vocab_size // job.tensor_model_parallel_size
     hidden, _ = _hidden(job)
-    num_gradients = 2 if job.pipeline_model_parallel_size > 1 else 3
-    return {"gradient shrink of embedding": -kept_bytes + hidden + num_gradients * _weight(job, v)}
+    # On a stage that has the logits too, theirs is still there.
+    num_gradients = 1 if job.pipeline_model_parallel_size > 1 else 2
+    return {"backward of embedding": -kept_bytes + hidden + num_gradients * _weight(job, v)}
 
 
 def optimizer_step(job: Job, stage: int) -> int:

@@ -20,3 +20,4 @@ SMALL = Job(
 FULL = {
     "recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1,
 }  # fmt: skip
+NORMS_AND_GEGLU = {"glm_recompute_norms_and_geglu": True}

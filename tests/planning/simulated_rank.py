@@ -19,7 +19,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -101,20 +100,28 @@ def simulate(job: Job, stage: int) -> SimulatedRank:
 def kept_by_autograd(model: torch.nn.Module, forward: Callable[[], Tensor]) -> int:
     """Bytes that autograd keeps of a forward pass, by storage, parameters left out."""
     weights = {weight.untyped_storage()._cdata for weight in model.parameters()}
-    storages: dict[int, weakref.ref] = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            # Some are dropped at once, in passes that will be recomputed.
-            storages[storage._cdata] = weakref.ref(storage)
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = forward()
-    kept = [storage() for storage in storages.values()]
+    output = forward()
     assert output.requires_grad
-    return sum(storage.nbytes() for storage in kept if storage is not None)
+    once, again = _saved(output), _saved(output)
+    # What is made when it is asked for is another one each time.
+    return sum(once[key].nbytes() for key in (once.keys() & again.keys()) - weights)
+
+
+def _saved(output: Tensor) -> dict[int, torch.UntypedStorage]:
+    """What the operations behind a tensor have for their backward passes, by its identity."""
+    nodes, found, storages = [output.grad_fn], set(), {}
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in found:
+            continue
+        found.add(node)
+        nodes += [before for before, _ in node.next_functions]
+        for name in dir(node):
+            if name == "saved_tensors" or name.startswith("_saved_"):
+                for tensor in tree_leaves(getattr(node, name)):
+                    if isinstance(tensor, Tensor):
+                        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+    return storages
 
 
 def kept_bytes(job: Job, stage: int, chunk: int = 0) -> int:
@@ -147,7 +154,7 @@ def _build(job: Job) -> list[GLMModel]:
         "virtual_pipeline_model_parallel_size", "account_for_embedding_in_pipeline_split",
         "account_for_loss_in_pipeline_split", "recompute_granularity", "recompute_method",
         "recompute_num_layers", "distribute_saved_activations", "hidden_dropout",
-        "attention_dropout", "glm_fused_kernels",
+        "attention_dropout", "glm_fused_kernels", "glm_recompute_norms_and_geglu",
     )  # fmt: skip
     config = GLMTransformerConfig(
         **{name: getattr(job, name) for name in names},

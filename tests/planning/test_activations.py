@@ -5,7 +5,7 @@ import torch
 
 from megatron_glm.planning import activations
 from tests.model.building import build_glm
-from tests.planning.jobs import FULL, GLM_130B, SMALL
+from tests.planning.jobs import FULL, GLM_130B, NORMS_AND_GEGLU, SMALL
 from tests.planning.simulated_rank import DTYPES, kept_by_autograd, kept_bytes
 from tests.ranks import run_ranks
 
@@ -16,6 +16,11 @@ VARIANTS = {
     "sequence parallelism": {"tensor_model_parallel_size": 4, "sequence_parallel": True},
     "attention recomputed": SELECTIVE | {"recompute_modules": ("core_attn",)},
     "MLP recomputed": SELECTIVE | {"recompute_modules": ("mlp",)},
+    "norms and GeGLU recomputed": NORMS_AND_GEGLU,
+    "norms and GeGLU recomputed, tp 2": NORMS_AND_GEGLU | {"tensor_model_parallel_size": 2},
+    "norms and all of the MLP recomputed": (
+        SELECTIVE | {"recompute_modules": ("mlp",)} | NORMS_AND_GEGLU
+    ),
     "every layer recomputed": FULL,
     "groups of three recomputed": FULL | {"recompute_num_layers": 3},
     "one layer recomputed": FULL | {"recompute_method": "block"},
@@ -67,6 +72,8 @@ def measure_on_a_rank(sequence_parallel: bool, dtype: str, options: dict) -> int
         (2, False, "bf16", {}),
         (2, True, "bf16", {}),
         (2, True, "bf16", {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}),
+        (1, False, "fp32", NORMS_AND_GEGLU),
+        (2, True, "bf16", NORMS_AND_GEGLU),
         (2, True, "bf16", FULL),
     ],
 )

@@ -4,7 +4,7 @@ import pytest
 
 from megatron_glm.planning.memory import GIB, MIB, Overheads, fullest_rank, rank_memory
 from megatron_glm.planning.parameters import state_bytes
-from tests.planning.jobs import FULL, GLM_130B, SMALL
+from tests.planning.jobs import FULL, GLM_130B, NORMS_AND_GEGLU, SMALL
 from tests.planning.simulated_rank import simulate
 
 NONE = Overheads(cuda_context=0, nccl=0, cublas_workspace=0, fragmentation=0.0)
@@ -32,6 +32,7 @@ def compare(job, stage, tolerance):
         (3, FULL | {"sequence_parallel": True}),
         (7, FULL),
         (1, {"recompute_granularity": None}),
+        (0, NORMS_AND_GEGLU | {"recompute_granularity": None, "sequence_parallel": True}),
         (6, {"recompute_granularity": None, "glm_fused_kernels": False, "global_batch_size": 4}),
     ],
 )
@@ -58,6 +59,11 @@ SMALL_DEEP = SMALL.with_(
         (0, {"pipeline_model_parallel_size": 3, "virtual_pipeline_model_parallel_size": 2}),
         (2, {"pipeline_model_parallel_size": 3, "virtual_pipeline_model_parallel_size": 2}),
         (0, {"recompute_granularity": "selective", "recompute_modules": ("mlp",)}),
+        (0, NORMS_AND_GEGLU),
+        (0, NORMS_AND_GEGLU | {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+        (0, NORMS_AND_GEGLU | {"recompute_granularity": "selective",
+                               "recompute_modules": ("mlp",)}),
+        (1, NORMS_AND_GEGLU | {"pipeline_model_parallel_size": 3, "glm_fused_kernels": False}),
         (0, {"glm_fused_kernels": False, "num_layers": 2, "global_batch_size": 2}),
         (1, {"glm_fused_kernels": False, "pipeline_model_parallel_size": 3, **FULL}),
     ],

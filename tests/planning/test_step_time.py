@@ -10,7 +10,7 @@ from megatron_glm.planning.operations import Shares
 from megatron_glm.planning.plan import Plan, Run
 from megatron_glm.planning.schedule import bubble_share
 from megatron_glm.planning.step_time import layer_passes, step_time, train_seconds
-from tests.planning.jobs import FULL, GLM_130B
+from tests.planning.jobs import FULL, GLM_130B, NORMS_AND_GEGLU
 
 CAUSAL = Shares()
 PAPER = Cluster(find_gpu("A100-40G"), 96)
@@ -90,6 +90,17 @@ def test_what_should_help_helps(changes):
         step_time(job, PAPER, CAUSAL).step / job.global_batch_size for job in (before, after)
     ]
     assert per_sequence[1] < per_sequence[0]
+
+
+def test_norms_and_geglu_are_made_again_in_a_hundredth_of_the_time():
+    job = GLM_130B.with_(recompute_granularity=None)
+    plain, again = (
+        layer_passes(job.with_(**changes), PAPER, CAUSAL) for changes in ({}, NORMS_AND_GEGLU)
+    )
+    # Two norms of h in and out, GeGLU's 2 f / t in and f / t out, in fp16.
+    moved = 2048 * (4 * 12288 + 3 * 32768 / 4) * 2
+    assert again.memory - plain.memory == pytest.approx(moved / PAPER.memory_rate)
+    assert 1.005 < again.total / plain.total < 1.015
 
 
 def test_slow_links_between_nodes_cost_where_tensor_parallelism_spans_them():

@@ -5,6 +5,7 @@ from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
 from megatron_glm.model.fused.selection import uses_kernels
+from megatron_glm.model.recomputation import apply_linear
 from megatron_glm.model.rotary import rotate_query_key
 
 
@@ -43,7 +44,7 @@ class RotarySelfAttention(SelfAttention):
         self, hidden_states: Tensor, key_value_states: Tensor, **arguments
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated query and key, and value, each [s, b, n, d], n being the heads of this rank."""
-        mixed, bias = self.linear_qkv(hidden_states)
+        mixed, bias = apply_linear(self.linear_qkv, hidden_states)
         mixed = mixed.unflatten(-1, (-1, 3 * self.hidden_size_per_attention_head))
         if uses_kernels(self.config, mixed):
             from megatron_glm.model.fused.rotary import rotate_query_key_

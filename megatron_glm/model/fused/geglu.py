@@ -1,7 +1,7 @@
 """GeGLU with its bias, gelu(x1 + b1) * (x2 + b2) with the exact GELU, as one pass each way.
 
 In units of one [s, b, f] tensor in memory: 3 forward and 5 backward, the gradient of the bias among
-them, where torch's operations have 11 and 15. The backward pass needs x and the bias alone.
+them, where torch's operations have 9 and 15. The backward pass needs x and the bias alone.
 """
 
 import torch

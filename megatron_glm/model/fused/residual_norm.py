@@ -61,6 +61,11 @@ def layer_norm(x: Tensor, weight: Tensor, norm_bias: Tensor, eps: float) -> tupl
     return _ResidualNorm.apply(x, None, None, weight, norm_bias, 1.0, None, eps)
 
 
+def normalised(y: Tensor) -> Tensor:
+    """The tensor of which either made y by the norm, [..., h] as it is kept for the backward."""
+    return y.grad_fn.saved_tensors[1]
+
+
 def residual_sum(terms: Sum) -> Tensor:
     """The sum itself, [..., h] of the dtype of x."""
     return _ResidualNorm.apply(

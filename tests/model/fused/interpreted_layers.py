@@ -92,6 +92,16 @@ def test_a_model_of_kernels_is_the_model_of_torch(is_training, monkeypatch):
         assert error <= 1e-5 * value.abs().max(), name
 
 
+def test_kernels_make_norms_and_geglu_again(monkeypatch):
+    monkeypatch.setattr(selection, "DEVICES", ("cpu",))
+    exact = run(True)
+    calls = count_calls(monkeypatch)
+    actual = run(True, glm_recompute_norms_and_geglu=True)
+    assert calls == {"residual_norm": 2, "layer_norm": 2 + 4, "residual_sum": 2,
+                     "bias_geglu": 2 + 2, "rotate_query_key_": 2}  # fmt: skip
+    assert all(torch.equal(actual[name], value) for name, value in exact.items())
+
+
 @pytest.mark.parametrize("dropout, num_graphs", [(0.0, 1), (0.1, 2)])
 def test_checks_compile_the_attention_that_trains(dropout, num_graphs, monkeypatch):
     """And no more, for one shape alone, whatever the micro-batches of evaluation are."""
