@@ -62,7 +62,8 @@ def _answer_at_once(
     self, *, tensor_send_next, tensor_send_prev, recv_prev, recv_next, tensor_shape,
     wait_on_reqs=True,
 ):  # fmt: skip
-    """In the place of a communication with the neighbours; as Megatron's, (prev, next, handles)."""
+    """In the place of a communication with the neighbours; as Megatron's, (prev, next, handles),
+    which under interleaving are a dict."""
 
     def received(wanted: bool, scale: float) -> Tensor | None:
         if not wanted:
@@ -74,4 +75,4 @@ def _answer_at_once(
         return (values * scale).requires_grad_()
 
     # Activations are of order one, gradients of a summed loss are small.
-    return received(recv_prev, 1.0), received(recv_next, 1e-3), []
+    return received(recv_prev, 1.0), received(recv_next, 1e-3), {}

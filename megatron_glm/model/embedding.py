@@ -34,4 +34,6 @@ class GradientShrink:
         weight.register_hook(self._scale)
 
     def _scale(self, gradient: Tensor) -> Tensor:
-        return gradient if self.alpha == 1.0 else gradient * self.alpha
+        # Nobody else holds what a linear or an embedding has just made; on the first and the last
+        # stage of a large model a copy would be a step's worst moment.
+        return gradient if self.alpha == 1.0 else gradient.mul_(self.alpha)
