@@ -59,13 +59,15 @@ OF_LAYER = {
 }  # fmt: skip
 OF_MODEL = {"row_statistics": 1, "overwrite_by_gradient": 1}
 TRITON = {"forward": 1, "output_dot_gradient": 1, "backward_queries": 1, "backward_keys": 1}
+MADE_AGAIN = {"geglu_forward": 1, "forward": 2}
 RUNS = {
     "bf16, triton, dropout": (["--bf16", "--hidden-dropout", "0.1", "--attention-dropout", "0.1",
                                "--glm-attention-backend", "triton"], TRITON),
     # Two parts a pass; the outputs are merged where there is dropout, gradients always.
-    "fp16, cudnn, distributed optimizer": (
+    "fp16, cudnn, distributed optimizer, norms and GeGLU made again": (
         ["--fp16", "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather",
-         "--glm-attention-backend", "cudnn"], {"cudnn": 4, "merge": 1},
+         "--glm-attention-backend", "cudnn", "--glm-recompute-norms-and-geglu"],
+        {"cudnn": 4, "merge": 1} | MADE_AGAIN,
     ),
 }  # fmt: skip
 
