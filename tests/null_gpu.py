@@ -48,6 +48,8 @@ def run_on_null_gpu(
         "LD_PRELOAD": f"{folder}/{LIBRARY}", "LD_LIBRARY_PATH": folder,
         "TRITON_LIBCUDA_PATH": folder, "CUDA_VISIBLE_DEVICES": "0", "RANK": "0", "WORLD_SIZE": "1",
         "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
+        # At the end Inductor would wait 300 s for compilers of its own that do not stop.
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
     }  # fmt: skip
     return subprocess.run(
         [sys.executable, "-c", ENDING + program, *flags], cwd=ROOT, env=environment,

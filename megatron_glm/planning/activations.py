@@ -15,7 +15,7 @@ Kept = dict[str, int]
 """Bytes by tensor."""
 
 RECOMPUTED = {
-    "core_attn": ("log-sum-exp",),
+    "core_attn": ("log-sum-exp", "both passes of FlexAttention"),
     "mlp": ("fc1 output", "gelu", "fc2 input"),
 }
 """What no longer is kept under a module of --recompute-modules. The attention kernels keep nothing
@@ -47,6 +47,9 @@ def whole_layer(job: Job) -> Kept:
     # GeGLU again from its input.
     if_unfused = 0 if job.glm_fused_kernels else 1
     mask = _mask_bytes(job) * if_unfused
+    # Its dropout needs a second pass: two outputs before the one that is scaled by four words.
+    is_twice = job.glm_attention_backend == "flex" and job.attention_dropout
+    both_passes = 2 * a * tokens + 4 * heads * job.tokens * FP32
     return {
         "input norm's input": h * split_tokens,
         "input norm's statistics": statistics,
@@ -55,6 +58,7 @@ def whole_layer(job: Job) -> Kept:
         "query, key and value": 3 * a * tokens,
         "rotated query and key": 2 * a * tokens * if_unfused,
         "log-sum-exp": heads * job.tokens * FP32,
+        "both passes of FlexAttention": both_passes if is_twice else 0,
         "linear_proj input": a * tokens,
         "attention's dropout mask": mask,
         "MLP norm's input": h * split_tokens,

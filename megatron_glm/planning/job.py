@@ -77,6 +77,8 @@ class Job:
     glm_recompute_norms_and_geglu: bool = False
     hidden_dropout: float = 0.1
     attention_dropout: float = 0.1
+    glm_attention_backend: str = "auto"
+    """What auto chooses is taken to be none that keeps anything twice, as "flex" with dropout."""
     glm_fused_kernels: bool = True
     """Whether operations between matrix products are Triton kernels."""
 
