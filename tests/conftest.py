@@ -17,6 +17,8 @@ patches.apply()
 def pytest_collection_modifyitems(items):
     """Skip what needs a GPU where there is none."""
     if torch.cuda.is_available():
+        # FlexAttention is compiled for more shapes and types by all tests together than by a run.
+        torch._dynamo.config.recompile_limit = 100
         return
     skip = pytest.mark.skip(reason="needs a CUDA device; torch.cuda.is_available() is false")
     for item in items:

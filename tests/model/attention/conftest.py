@@ -10,8 +10,6 @@ def uncompiled_flex_attention(request, monkeypatch):
     """The dense backward that FlexAttention has for debugging, without seconds of compilation."""
     # Not by the machine: tests of the CPU run where there is a GPU as well.
     if request.node.get_closest_marker("gpu"):
-        # Each test compiles for its own shapes; all of them are more than torch keeps.
-        torch.compiler.reset()
         yield
         return
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)

@@ -40,12 +40,13 @@ def packs(draw, max_batch: int = 3, max_length: int = 70):
 
 # Sequences over several blocks of every kernel, with one sample, none of them aligned, four
 # equal ones as the paper packs, whole-context and one-token samples, and padding at the end.
+MOST_UNEQUAL = "unequal, two sequences"
 PACKS = {
     "one sample": [[(300, 150)]],
     "causal": [[(300, 0)]],
     "bidirectional": [[(300, 300)]],
     "four equal": [[(128, 100), (128, 10), (128, 64), (128, 128)]],
-    "unequal, two sequences": [
+    MOST_UNEQUAL: [
         [(137, 70), (1, 0), (1, 1), (129, 128), (32, 0)],
         [(20, 0), (250, 201), (30, 0)],
     ],

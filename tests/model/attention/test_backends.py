@@ -16,7 +16,7 @@ from megatron_glm.model.attention.backends import (
     select_backend,
 )
 from megatron_glm.model.dropout import Dropout, draw_dropout
-from tests.model.attention.packs import PACKS, packs, random_inputs, run, samples_from
+from tests.model.attention.packs import MOST_UNEQUAL, PACKS, packs, random_inputs, run, samples_from
 
 CPU = ["sdpa", "chunked", "flex"]
 DROPOUTS = {
@@ -65,6 +65,8 @@ def test_backend_equals_reference_on_any_pack(backend, pack):
 @pytest.mark.parametrize("batch", PACKS.values(), ids=PACKS)
 @pytest.mark.parametrize("backend", backends_of("cuda"))
 def test_backend_equals_reference_on_gpu(backend, batch, dtype, dropout):
+    if backend == "flex" and dtype != torch.bfloat16 and batch is not PACKS[MOST_UNEQUAL]:
+        pytest.skip("takes seconds to compile, and the pack makes no other kernel")
     if backend in OWN_DROPOUT and dropout is not None:
         pytest.skip("drops by a generator of its own (test_cudnn.py)")
     if backend == "cudnn":
