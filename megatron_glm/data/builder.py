@@ -148,7 +148,21 @@ def _mixed(
             )
         mix = mix.continued(config.mix_state, config.consumed_train_samples)
     sources = {identity: dataset for identity, (dataset, _) in (text | multitask).items()}
+    if is_train and num_samples is not None:
+        for identity, count in mix.counts(max(num_samples, mix.start)).items():
+            if identity in sources:
+                _log_epochs(sources[identity], count)
     return MixedDataset(sources, mix, split, num_samples)
+
+
+def _log_epochs(source: Source, num_sequences: int) -> None:
+    """Says how often a run reads a source, which may be far more often than is good."""
+    epochs = num_sequences / source.num_sequences
+    log_single_rank(
+        logger, logging.INFO,
+        f"{source.dataset_path}: {num_sequences:,} sequences by the end of the run, "
+        f"{epochs:,.2f} epochs of {source.num_sequences:,}",
+    )  # fmt: skip
 
 
 def _shares(

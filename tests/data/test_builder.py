@@ -182,6 +182,17 @@ def test_a_changed_mix_goes_on_behind_what_was_read(corpora, caplog):
     assert "the mix of data" not in caplog.text
 
 
+def test_the_log_says_how_often_a_run_reads_each_source(corpora, caplog):
+    caplog.set_level("INFO")
+    train, _, _ = build(
+        make_config(corpora / "web", corpora / "books", weights=[1, 3], sequence_length=256)
+    )
+    for name, count in (("web", 250), ("books", 750)):
+        epoch = next(s.num_sequences for s in train.sources.values() if name in s.dataset_path)
+        expected = f"{corpora / name}: {count} sequences by the end of the run, "
+        assert f"{expected}{count / epoch:,.2f} epochs of {epoch:,}" in caplog.text
+
+
 def build_on_rank(prefix):
     config = make_config(prefix, split="80,15,5", sequence_length=256)
     return [int(dataset[3]["tokens"].sum()) for dataset in build(config)]
