@@ -49,12 +49,14 @@ def parse_args() -> argparse.Namespace:
 
 
 def read_texts(args: argparse.Namespace) -> Iterator[str]:
-    """The texts of the corpus, under a progress bar; what cannot be read is passed over."""
+    """The texts of the corpus, under a progress bar; what cannot be read is passed over.
+
+    GLMError where nothing can be read, with the reason.
+    """
     files = find_inputs(args.input, args.input_format)
     total = sum(file.num_bytes for file in files)
     share = min(1.0, (args.max_bytes or total) / max(1, total))
-    taken = seen = 0
-    num_rejects = 0
+    taken = seen = num_documents = num_rejects = 0
     interval = 0.5 if sys.stderr.isatty() else 10
     with tqdm(total=total, unit="B", unit_scale=True, desc="read", mininterval=interval) as bar:
         for block in read_blocks(files, args.json_keys, "file", Cursor()):
@@ -65,11 +67,15 @@ def read_texts(args: argparse.Namespace) -> Iterator[str]:
             taken += block.num_bytes
             for item in read_documents(block, args.json_keys):
                 if isinstance(item, Document):
+                    num_documents += 1
                     yield from item.texts
                 else:
                     num_rejects += 1
+                    last = f"the last: {item.file} line {item.line} ({item.reason})"
+    if num_rejects and not num_documents:
+        raise GLMError(f"--input: none of {num_rejects} documents can be read; {last}")
     if num_rejects:
-        print(f"{num_rejects} bad documents were passed over", file=sys.stderr)
+        print(f"{num_rejects} bad documents were passed over; {last}", file=sys.stderr)
 
 
 def train(args: argparse.Namespace) -> None:

@@ -32,7 +32,7 @@ def train(corpus, folder, kind, vocab_size=700, *argv):
 def test_trains_a_lossless_tokenizer_of_the_size_asked_for(corpus, tmp_path, kind):
     result = train(corpus, tmp_path, kind)
     assert result.code == 0, result.output
-    assert "1 bad documents were passed over" in result.output
+    assert f"1 bad documents were passed over; the last: {corpus} line 1 (" in result.output
     codec = build_codec(kind, tmp_path / "new" / KINDS[kind])
     assert codec.vocab_size == 700
     assert set(codec.specials) >= set(SPECIAL_TOKENS)
@@ -50,6 +50,14 @@ def test_the_same_text_gives_the_same_tokenizer(corpus, tmp_path, kind):
     assert "exists" in train(corpus, tmp_path, kind).output
     assert train(corpus, tmp_path, kind, 700, "--overwrite").code == 0
     assert (tmp_path / "new" / KINDS[kind]).read_bytes() == first
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_wrong_key_is_the_reason_and_not_too_little_text(corpus, tmp_path, kind):
+    result = train(corpus, tmp_path, kind, 700, "--json-keys", "content")
+    assert result.code == 2
+    assert "--input: none of " in result.output and "content" in result.output
+    assert "--vocab-size" not in result.output
 
 
 @pytest.mark.parametrize("kind", KINDS)
