@@ -105,7 +105,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--max-body-bytes", type=int, default=1 << 20, help="of a request; default: 1 MiB")
     add("--max-waiting", type=int, default=256,
         help="requests that may wait for a place in the batch; default: 256")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.serve and (args.prompt or args.input):
+        parser.error("--serve takes texts over HTTP; drop --prompt and --input, or --serve")
+    return args
 
 
 def load(args: argparse.Namespace, layout: Layout, device: torch.device) -> Filler:

@@ -178,6 +178,12 @@ def verify(args: argparse.Namespace) -> bool:
         print(f"{case:4}  {found.largest_difference:18.3e}  {found.agreement:15.2%}  "
               f"{'equal' if within else 'DIFFERENT'}")
     print(f"{'all cases are' if good else 'NOT all cases are'} within {args.tolerance:g}")
+    if not good and args.against is not None:
+        theirs = open_checkpoint(args.against, other, args.num_attention_heads, args.ckpt_step)
+        if source.dtype != theirs.dtype:
+            print(f"{args.load} holds {source.dtype} and {args.against} {theirs.dtype}: weights "
+                  "that were rounded differ by that much; compare files of one type, or give "
+                  "--tolerance")
     return good
 
 

@@ -218,3 +218,9 @@ def test_a_broken_checkpoint_is_named(folder, tmp_path, capsys):
     (shard,) = (tmp_path / "hf").glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:1000])
     assert shard.name in fails(capsys, *flags(tmp_path, "hf"), *prompts("a"))
+
+
+def test_texts_for_a_server_are_refused(folder, capsys):
+    with pytest.raises(SystemExit) as end:
+        generate.main(flags(folder, "megatron", "--serve", *prompts("the[MASK]")))
+    assert end.value.code == 2 and "--serve takes texts over HTTP" in capsys.readouterr().err

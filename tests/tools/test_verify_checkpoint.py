@@ -55,6 +55,19 @@ def test_two_checkpoints_are_compared_on_packs_of_their_own(tmp_path, capsys, ch
     assert ("NOT all cases" in capsys.readouterr().out) == bool(change)
 
 
+def test_rounded_weights_are_named_where_types_differ(tmp_path, capsys):
+    source = MemorySource(dtype=torch.float32)
+    write_hugging_face(tmp_path / "a", source)
+    source.weights = {name: weight.half() for name, weight in source.weights.items()}
+    source.dtype = torch.float16
+    write_hugging_face(tmp_path / "b", source)
+    arguments = ["--load", tmp_path / "a", "--against", tmp_path / "b", "--reference"]
+    assert status_of(*arguments, "--tolerance", "1e-9") == 1
+    said = capsys.readouterr().out.splitlines()[-1]
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert said.startswith(f"{a} holds torch.float32 and {b} torch.float16: ")
+
+
 @pytest.fixture
 def modules_folder(tmp_path):
     with remote_code_in(tmp_path / "modules"):
