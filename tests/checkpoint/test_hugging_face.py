@@ -183,7 +183,7 @@ def test_beam_search_keeps_the_best_of_all_continuations(export, model, tokenize
 
 
 def test_a_pipeline_fills_blanks(export, model, tokenizer):
-    generate = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    generate = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
     answers = generate(list(PROMPTS.values()), max_new_tokens=5, do_sample=False, batch_size=2)
     assert len(answers) == len(PROMPTS)
     assert all(len(answer[0]["generated_text"]) > 5 for answer in answers)
