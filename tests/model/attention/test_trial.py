@@ -15,7 +15,7 @@ SETUP = AttentionSetup(
 )  # fmt: skip
 
 
-def choose(milliseconds: list[dict]) -> str:
+def choose(milliseconds: list[dict], dropout: float) -> str:
     mine = milliseconds[torch.distributed.get_rank()]
 
     def timed(name, setup):
@@ -24,7 +24,8 @@ def choose(milliseconds: list[dict]) -> str:
         return mine[name]
 
     trial._milliseconds = timed
-    return trial.fastest_backend(SETUP, torch.distributed.group.WORLD)
+    setup = SETUP._replace(dropout_probability=dropout)
+    return trial.fastest_backend(setup, torch.distributed.group.WORLD)
 
 
 @pytest.mark.ranks
@@ -32,15 +33,21 @@ def choose(milliseconds: list[dict]) -> str:
     "milliseconds, best",
     [
         ([{"flex": 2.0, "triton": 1.5, "cudnn": 1.0}], "cudnn"),
-        ([{"flex": 2.0, "triton": 1.5}], "triton"),
-        ([{}], "flex"),
+        ([{"flex": 1.0, "triton": 1.5}], "flex"),
+        ([{}], "triton"),
         # Ranks that differ follow the first.
         ([{"flex": 1.0, "triton": 1.1}, {"flex": 1.1, "triton": 1.0}], "flex"),
     ],
 )
 def test_the_fastest_that_works_is_chosen_on_every_rank(milliseconds, best):
     size = len(milliseconds)
-    assert run_ranks(choose, milliseconds, world_size=size) == [best] * size
+    assert run_ranks(choose, milliseconds, 0.0, world_size=size) == [best] * size
+
+
+@pytest.mark.ranks
+def test_with_dropout_flex_attention_is_not_tried():
+    times = {"flex": 1.0, "triton": 1.5, "cudnn": 2.0}
+    assert run_ranks(choose, [times], 0.1, world_size=1) == ["triton"]
 
 
 def test_both_passes_are_timed_at_the_shape_of_the_run(monkeypatch):
