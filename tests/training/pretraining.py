@@ -1,9 +1,11 @@
 """Runs pretrain_glm.py inside a rank of a test and keeps every step's numbers unrounded."""
 
 import contextlib
+import json
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from tests.null_gpu import run_on_null_gpu
 from tests.ranks import run_ranks
 
 
@@ -52,6 +54,14 @@ def pretrain_on_this_rank(flags: list[str]) -> list[Step]:
     with contextlib.suppress(SystemExit) if leaves_early else contextlib.nullcontext():
         pretrain_glm.main()
     return steps
+
+
+def pretrain_on_null_gpu(program: str, flags: list[str]) -> Any:
+    """What `program`, which runs pretrain_glm.py with these flags on the null GPU, prints last, as
+    JSON. Kernels are not checked: none computes anything there."""
+    done = run_on_null_gpu(program, *TINY, *flags, "--no-kernel-conformance-check")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def with_fixed_weights(flags: list[str], folder: str) -> list[str]:

@@ -12,15 +12,9 @@ import pytest
 
 from megatron_glm.training.save_lock import saving_alone
 from tests.ranks import run_ranks
-from tests.training.corpus import make_corpus
 from tests.training.pretraining import TINY, pretrain, pretrain_on_this_rank
 
 pytestmark = pytest.mark.ranks
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return make_corpus(tmp_path_factory.mktemp("corpus"), num_documents=60)
 
 
 @pytest.fixture(scope="module")

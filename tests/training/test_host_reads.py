@@ -13,7 +13,6 @@ from megatron_glm.training.agreement import ReadData
 from megatron_glm.training.batch import TOKEN_KEYS, next_batch
 from tests.host_reads import HostReads
 from tests.ranks import run_ranks
-from tests.training.corpus import make_corpus
 from tests.training.pretraining import TINY, pretrain_on_this_rank
 
 ROOT = Path(__file__).parents[2]
@@ -51,11 +50,6 @@ SCALED = {
     "_unscale_main_grads_and_check_for_nan": 1,
 }
 DROPOUT = ["--hidden-dropout", "0.1", "--attention-dropout", "0.1"]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return make_corpus(tmp_path_factory.mktemp("corpus"), num_documents=60)
 
 
 def reads_of_a_step(flags: list[str]) -> Counter:

@@ -4,13 +4,9 @@ test_host_reads.py names on a CPU the code that would wait. Here what a GPU alon
 fused kernels, pinned memory, streams, NCCL, fused Adam, and who waits is counted where CUDA does.
 """
 
-import json
-
 import pytest
 
-from tests.null_gpu import run_on_null_gpu
-from tests.training.corpus import make_corpus
-from tests.training.pretraining import TINY
+from tests.training.pretraining import pretrain_on_null_gpu
 
 LAYERS, MICRO_BATCHES, STEPS = 4, 4, 3
 PROGRAM = """
@@ -72,20 +68,10 @@ RUNS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return make_corpus(tmp_path_factory.mktemp("corpus"), num_documents=60)
-
-
 @pytest.mark.parametrize("name", RUNS)
 def test_steps_run_on_a_gpu_and_no_pass_waits(corpus, name):
     flags, of_attention = RUNS[name]
-    done = run_on_null_gpu(
-        PROGRAM, *TINY, *corpus.flags, *flags, "--train-iters", str(STEPS),
-        "--no-kernel-conformance-check",
-    )
-    assert done.returncode == 0, done.stderr
-    passes = json.loads(done.stdout.splitlines()[-1])
+    passes = pretrain_on_null_gpu(PROGRAM, [*corpus.flags, *flags, "--train-iters", str(STEPS)])
     assert len(passes) == STEPS
     of_layer = {key: OF_LAYER.get(key, 0) + of_attention.get(key, 0)
                 for key in OF_LAYER | of_attention}

@@ -7,17 +7,11 @@ import sys
 import pytest
 
 from tests.ranks import run_ranks
-from tests.training.corpus import make_corpus
 from tests.training.pretraining import TINY, pretrain
 
 pytestmark = pytest.mark.ranks
 STOP, TOTAL = 2, 5
 BY_FLAGS, BY_CHECKPOINT = "--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return make_corpus(tmp_path_factory.mktemp("corpus"), num_documents=60)
 
 
 def learning_rates_on_this_rank(flags):
