@@ -150,8 +150,7 @@ def _mixed(
     sources = {identity: dataset for identity, (dataset, _) in (text | multitask).items()}
     if is_train and num_samples is not None:
         for identity, count in mix.counts(max(num_samples, mix.start)).items():
-            if identity in sources:
-                _log_epochs(sources[identity], count)
+            _log_epochs(sources[identity], count)
     return MixedDataset(sources, mix, split, num_samples)
 
 

@@ -50,6 +50,17 @@ def draw_dropout(probability: float, device: torch.device) -> Dropout | None:
     return Dropout(probability, seed.to(torch.int32))
 
 
+def fixed_dropout(probability: float, device: torch.device) -> Dropout | None:
+    """The same at every call, for what is asked of kernels before training: no generator draws.
+
+    Returns:
+        None where `probability` is 0.
+    """
+    if probability == 0.0:
+        return None
+    return Dropout(probability, torch.tensor([20221005, -7], dtype=torch.int32, device=device))
+
+
 def _shift_xor(x: Tensor, bits: int) -> Tensor:
     """x ^ (x >> bits) with the logical shift that int32 lacks."""
     return x ^ ((x >> bits) & ((1 << (32 - bits)) - 1))

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_glm.errors import GLMError
 from megatron_glm.model.attention.backends import select_backend
 from megatron_glm.model.attention.bounds import SampleRange, make_samples, sample_ranges
-from megatron_glm.model.dropout import Dropout
+from megatron_glm.model.dropout import fixed_dropout
 
 MIN_SEQ_LENGTH = 16
 """Shortest sequence whose pack has a context, targets and a neighbour of each."""
@@ -90,10 +90,7 @@ def check_backend(
     With dropout the same kernels run at a rate of 2 ** -24, so that they drop next to nothing.
     """
     attend = select_backend(setup.backend, setup.device.type)
-    dropout = None
-    if setup.dropout_probability > 0.0:
-        seed = torch.zeros(2, dtype=torch.int32, device=setup.device)
-        dropout = Dropout(2.0**-24, seed)
+    dropout = fixed_dropout(2.0**-24 if setup.dropout_probability else 0.0, setup.device)
 
     def attention(query, key, value, samples):
         return attend(

@@ -9,7 +9,7 @@ from triton.testing import do_bench
 from megatron_glm.model.attention.backends import load_backend
 from megatron_glm.model.attention.bounds import make_samples
 from megatron_glm.model.attention.conformance import AttentionSetup
-from megatron_glm.model.dropout import Dropout
+from megatron_glm.model.dropout import fixed_dropout
 
 logger = logging.getLogger(__name__)
 
@@ -62,10 +62,7 @@ def _milliseconds(name: str, setup: AttentionSetup) -> float:
     context = torch.zeros(setup.batch, min(PLACES, setup.max_samples), device=setup.device)
     context[:, 0] = int(CONTEXT_SHARE * setup.seq_length)
     samples = make_samples(context, torch.full_like(context, setup.seq_length))
-    dropout = None
-    if setup.dropout_probability > 0.0:
-        seed = torch.zeros(2, dtype=torch.int32, device=setup.device)
-        dropout = Dropout(setup.dropout_probability, seed)
+    dropout = fixed_dropout(setup.dropout_probability, setup.device)
 
     def passes() -> None:
         parts = mixed.split(setup.dim, dim=-1)

@@ -16,7 +16,7 @@ from megatron_glm.errors import GLMError
 from megatron_glm.model.attention import chunked
 from megatron_glm.model.attention.backends import OWN_DROPOUT, select_backend
 from megatron_glm.model.attention.conformance import AttentionSetup, probe_samples
-from megatron_glm.model.dropout import Dropout, drop_channels
+from megatron_glm.model.dropout import drop_channels, fixed_dropout
 from megatron_glm.model.fused.operations import OPERATIONS, Inputs, Operation, Sizes
 from megatron_glm.model.weight_gradient import wgrad_gemm_accum_fp32
 
@@ -68,7 +68,7 @@ def check_kernels(
     if with_weight_gradient:
         checks["wgrad_gemm_accum_fp32"] = _weight_gradient(sizes, draw)
     if with_fused:
-        dropout = _dropout(0.25, device)
+        dropout = fixed_dropout(0.25, device)
         inputs = Inputs(sizes, draw, dropout, partial(drop_channels, dropout=dropout))
         checks |= {name: Check(make(inputs)) for name, make in OPERATIONS.items()}
     for name, check in checks.items():
@@ -89,7 +89,7 @@ def _attention(setup: AttentionSetup, draw: Callable) -> Check:
     batch, seq_length, dim = setup.batch, setup.seq_length, setup.dim
     samples = probe_samples(batch, seq_length, setup.max_samples).to(setup.device)
     rate = 0.0 if setup.backend in OWN_DROPOUT else setup.dropout_probability
-    dropout = _dropout(rate, setup.device) if rate else None
+    dropout = fixed_dropout(rate, setup.device)
 
     def attend(attention, mixed):
         return attention(
@@ -116,11 +116,6 @@ def _weight_gradient(sizes: Sizes, draw: Callable) -> Check:
     x, grad = (draw(sizes.tokens, min(sizes.hidden, 1024)) for _ in range(2))
     operation = Operation(kernel, lambda x, grad: 1 + grad.t() @ x, (x, grad))
     return Check(operation, "--no-gradient-accumulation-fusion", TF32)
-
-
-def _dropout(probability: float, device: torch.device) -> Dropout:
-    seed = torch.tensor([20221005, -7], dtype=torch.int32, device=device)
-    return Dropout(probability, seed)
 
 
 def _fault(operation: Operation, draw: Callable, tolerance: float) -> str | None:
