@@ -151,6 +151,11 @@ def load_tokenizer(
 
 def convert(args: argparse.Namespace) -> None:
     """Runs one conversion from beginning to end."""
+    if args.load.resolve().is_relative_to(args.save.resolve()):
+        raise CheckpointError(
+            f"--save {args.save}: holds --load {args.load}, which would be lost; give another "
+            "folder"
+        )
     source = open_source(args)
     tokenizer, fingerprint = load_tokenizer(args, source)
     settings = result_settings(args, source, fingerprint)

@@ -156,6 +156,19 @@ def test_what_is_there_is_not_overwritten_unasked(tmp_path, capsys):
     assert SATCheckpoint(save).dimensions.num_layers == 4
 
 
+def test_a_source_is_not_replaced_by_its_conversion(tmp_path, capsys):
+    (tmp_path / "runs").mkdir()
+    load = write_sat(tmp_path / "runs" / "a", MemorySource())
+    before = (load / "latest").read_bytes()
+    link = tmp_path / "link"
+    link.symlink_to(load)
+    for save in (load, load.parent, link):
+        message = error_of(capsys, "sat", "hf", load, save, "--overwrite")
+        assert f"--save {save}: holds --load {load}" in message
+    assert (load / "latest").read_bytes() == before
+    convert("sat", "hf", load, load / "hf")
+
+
 def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(tmp_path, capsys, monkeypatch):
     write, written = torch_writer.TorchWriter.write, []
 
