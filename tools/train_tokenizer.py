@@ -72,18 +72,26 @@ def read_texts(args: argparse.Namespace) -> Iterator[str]:
                 else:
                     num_rejects += 1
                     last = f"the last: {item.file} line {item.line} ({item.reason})"
-    if num_rejects and not num_documents:
-        raise GLMError(f"--input: none of {num_rejects} documents can be read; {last}")
+    if not num_documents:
+        fault = "holds no documents"
+        if num_rejects:
+            fault = f"none of {num_rejects} documents can be read; {last}"
+        raise GLMError(f"--input {' '.join(args.input)}: {fault}")
     if num_rejects:
         print(f"{num_rejects} bad documents were passed over; {last}", file=sys.stderr)
 
 
 def train(args: argparse.Namespace) -> None:
     """The whole tool; GLMError for what a user can cure."""
+    if args.max_bytes is not None and args.max_bytes < 1:
+        raise GLMError(f"--max-bytes {args.max_bytes}: at least 1")
+    if args.output.is_dir():
+        raise GLMError(f"--output {args.output}: is a folder; name a file")
     if args.output.exists() and not args.overwrite:
         raise GLMError(f"--output {args.output}: exists; choose another, or give --overwrite")
-    data = TRAINERS[args.tokenizer_type](read_texts(args), args.vocab_size)
+    # Where that cannot be, training would be for nothing.
     args.output.parent.mkdir(parents=True, exist_ok=True)
+    data = TRAINERS[args.tokenizer_type](read_texts(args), args.vocab_size)
     temporary = args.output.with_name(args.output.name + ".new")
     temporary.write_bytes(data)
     os.replace(temporary, args.output)

@@ -56,7 +56,7 @@ def test_the_same_text_gives_the_same_tokenizer(corpus, tmp_path, kind):
 def test_a_wrong_key_is_the_reason_and_not_too_little_text(corpus, tmp_path, kind):
     result = train(corpus, tmp_path, kind, 700, "--json-keys", "content")
     assert result.code == 2
-    assert "--input: none of " in result.output and "content" in result.output
+    assert f"--input {corpus}: none of " in result.output and "content" in result.output
     assert "--vocab-size" not in result.output
 
 
@@ -68,6 +68,24 @@ def test_impossible_sizes_name_the_flag(corpus, tmp_path, kind, vocab_size):
     assert f"--vocab-size {vocab_size}: " in result.output
     assert "Traceback" not in result.output
     assert not list((tmp_path).glob("new/*"))
+
+
+def test_a_corpus_without_text_is_the_reason_and_makes_no_tokenizer(tmp_path):
+    (empty := tmp_path / "empty.jsonl").touch()
+    result = train(empty, tmp_path, "HuggingFaceTokenizer", 263)
+    assert result.code == 2 and f"--input {empty}: holds no documents" in result.output
+    assert not list(tmp_path.glob("new/*"))
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--max-bytes", -3], "--max-bytes -3: at least 1"),
+    (["--output", ".", "--overwrite"], "--output .: is a folder; name a file"),
+    (["--output", "/proc/here/t.json"], "/proc/here: No such file or directory"),
+])  # fmt: skip
+def test_what_cannot_be_is_said_before_anything_is_read(corpus, tmp_path, argv, message):
+    result = train(corpus, tmp_path, "HuggingFaceTokenizer", 700, *argv)
+    assert result.code == 2 and message in result.output
+    assert "read:" not in result.output and "Traceback" not in result.output
 
 
 def test_max_bytes_takes_a_part_spread_over_the_corpus(tmp_path):

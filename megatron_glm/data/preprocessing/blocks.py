@@ -79,7 +79,7 @@ def read_blocks(
         except (OSError, EOFError) as error:
             raise GLMError(
                 f"--input {file.path}: cannot be read to its end ({error or type(error).__name__})"
-                "; repair or remove it and run the same command again, which goes on with this file"
+                "; repair or remove it and run the same command again"
             ) from error
         cursor = Cursor(index + 1)
     if whole.num_bytes:
