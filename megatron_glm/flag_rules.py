@@ -2,7 +2,7 @@
 silence."""
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import inf
 from typing import Any, NamedTuple
 
@@ -150,6 +150,15 @@ RANGES: tuple[Range, ...] = (
           ("hidden_dropout", "attention_dropout", "adam_beta1", "adam_beta2")),
 )  # fmt: skip
 
+TOKENIZER = ("tokenizer_type", "tokenizer_model")
+MODEL_SIZE = ("num_layers", "hidden_size", "num_attention_heads", "seq_length")
+REQUIRED = {
+    **dict.fromkeys(TOKENIZER, "the same as was given to tools/preprocess_data.py"),
+    **dict.fromkeys(MODEL_SIZE, "give it, or a whole size by --glm-preset"),
+    "micro_batch_size": "give the sequences that one forward pass takes",
+}
+"""Flags without a default, and what to give. Of most, Megatron asserts a variable in no words."""
+
 RECOMPUTE_REFUSED = {"layernorm": "it frees the norm's output, which is GLM's residual"}
 
 
@@ -174,14 +183,9 @@ def check_flags(args: Namespace) -> None:
         )
     _check_data_paths(args)
     _check_batch_size(args)
-    for unit in ("iters", "samples"):
-        warmup = getattr(args, f"lr_warmup_{unit}")
-        decay = getattr(args, f"lr_decay_{unit}") or getattr(args, f"train_{unit}")
-        if decay and warmup and warmup >= decay:
-            raise FlagError(
-                f"--lr-warmup-{unit} {warmup}: must be smaller than the {decay} {unit} of the "
-                f"schedule (--lr-decay-{unit}, or --train-{unit} where that is not given)"
-            )
+    if args.fp16 and args.bf16:
+        raise FlagError("--fp16 with --bf16: give one")
+    _check_schedule(args)
     if args.use_cpu_initialization and torch.cuda.is_available():
         raise FlagError(
             "--use-cpu-initialization: Megatron leaves a model built so on the CPU; drop the flag"
@@ -192,6 +196,29 @@ def check_flags(args: Namespace) -> None:
                 f"--hidden-size {args.hidden_size} with --num-attention-heads "
                 f"{args.num_attention_heads}: the head dimension must be an even integer (rotary "
                 "positions turn pairs)"
+            )
+
+
+def _check_schedule(args: Namespace) -> None:
+    if args.train_iters and args.train_samples:
+        raise FlagError(
+            f"--train-samples {args.train_samples} with --train-iters {args.train_iters}: give one"
+        )
+    for unit, other in (("iters", "samples"), ("samples", "iters")):
+        for flag in ("lr_decay", "lr_warmup"):
+            value = getattr(args, f"{flag}_{other}")
+            if value and getattr(args, f"train_{unit}"):
+                flag = f"--{flag.replace('_', '-')}"
+                raise FlagError(
+                    f"{flag}-{other} {value} with --train-{unit}: a schedule counts in one unit; "
+                    f"give {flag}-{unit}"
+                )
+        warmup = getattr(args, f"lr_warmup_{unit}")
+        decay = getattr(args, f"lr_decay_{unit}") or getattr(args, f"train_{unit}")
+        if decay and warmup and warmup >= decay:
+            raise FlagError(
+                f"--lr-warmup-{unit} {warmup}: must be smaller than the {decay} {unit} of the "
+                f"schedule (--lr-decay-{unit}, or --train-{unit} where that is not given)"
             )
 
 
@@ -278,14 +305,21 @@ def _check_batch_size(args: Namespace) -> None:
             )
 
 
-def check_tokenizer_flags(args: Namespace) -> None:
-    """Raises FlagError where no tokenizer is given."""
-    for flag in ("tokenizer_type", "tokenizer_model"):
-        if getattr(args, flag) is None:
-            raise FlagError(
-                f"--{flag.replace('_', '-')} is missing: the same as was given to "
-                "tools/preprocess_data.py"
-            )
+def check_required(args: Namespace, dests: Iterable[str] = REQUIRED) -> None:
+    """Raises FlagError where one of `dests`, keys of REQUIRED, is not given."""
+    for dest in dests:
+        if getattr(args, dest) is None:
+            raise FlagError(f"--{dest.replace('_', '-')} is missing: {REQUIRED[dest]}")
+
+
+def check_world_size(args: Namespace) -> None:
+    """Raises FlagError where the ranks of the run are no whole number of models."""
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    if args.world_size % (tp * pp):
+        raise FlagError(
+            f"--tensor-model-parallel-size {tp} x --pipeline-model-parallel-size {pp}: must divide "
+            f"the {args.world_size} ranks of the run; torchrun starts --nnodes x --nproc-per-node"
+        )
 
 
 def _show(value: Any) -> str:

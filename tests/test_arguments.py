@@ -11,7 +11,15 @@ from megatron_glm.arguments import (
     fill_derived,
     pin_padded_vocab_size,
 )
-from megatron_glm.flag_rules import RANGES, RULES, FlagError, check_flags, check_tokenizer_flags
+from megatron_glm.flag_rules import (
+    RANGES,
+    REQUIRED,
+    RULES,
+    FlagError,
+    check_flags,
+    check_required,
+    check_world_size,
+)
 from megatron_glm.presets import PRESETS
 
 TOKENIZER = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "tokenizer.json"]
@@ -95,6 +103,13 @@ def test_every_rule_refuses_by_name(parser, rule):
         (["--tp-comm-overlap"], "--tp-comm-overlap"),
         (["--hidden-size", "60", "--num-attention-heads", "12"], "--num-attention-heads 12"),
         (["--train-iters", "5", "--lr-warmup-iters", "5"], "--lr-warmup-iters 5"),
+        (["--train-iters", "5", "--train-samples", "9"],
+         "--train-samples 9 with --train-iters 5: give one"),
+        (["--train-samples", "9", "--lr-warmup-iters", "2"],
+         "--lr-warmup-iters 2 with --train-samples: .* give --lr-warmup-samples"),
+        (["--train-iters", "9", "--lr-decay-samples", "2"],
+         "--lr-decay-samples 2 with --train-iters: .* give --lr-decay-iters"),
+        (["--fp16", "--bf16"], "--fp16 with --bf16: give one"),
         (["--glm-attention-backend", "fast"], "--glm-attention-backend fast"),
         (["--data-path", "a", "--valid-data-path", "b"], "--data-path with --valid-data-path"),
     ],
@@ -163,7 +178,7 @@ def test_a_value_at_the_edge_of_its_range_passes(parser, flags):
 @pytest.mark.parametrize("world_size, tp, fits", [(1, 1, True), (8, 2, True), (8, 1, False),
                                                   (3, 2, True)])  # fmt: skip
 def test_a_batch_that_the_ranks_cannot_share_is_refused(parser, world_size, tp, fits):
-    """A number of ranks that the layout does not fit is Megatron's to refuse."""
+    """A number of ranks that the layout does not fit has a refusal of its own."""
     args = parser.parse_args([*TOKENIZER, "--micro-batch-size", "2", "--global-batch-size", "24",
                               "--tensor-model-parallel-size", str(tp)])  # fmt: skip
     args.world_size = world_size
@@ -175,11 +190,27 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(parser, world_size, tp, 
         check_flags(args)
 
 
-@pytest.mark.parametrize("missing", ["--tokenizer-type", "--tokenizer-model"])
-def test_a_missing_tokenizer_is_named(parser, missing):
-    at = TOKENIZER.index(missing)
-    with pytest.raises(FlagError, match=f"{missing} is missing"):
-        check_tokenizer_flags(parser.parse_args(TOKENIZER[:at] + TOKENIZER[at + 2 :]))
+@pytest.mark.parametrize("missing", REQUIRED)
+def test_a_missing_flag_is_named(parser, missing):
+    args = parser.parse_args(TOKENIZER)
+    vars(args).update(dict.fromkeys(REQUIRED, 1))
+    check_required(args)
+    setattr(args, missing, None)
+    with pytest.raises(FlagError, match=f"--{missing.replace('_', '-')} is missing: "):
+        check_required(args)
+
+
+@pytest.mark.parametrize("world_size, fits", [(1, False), (6, True), (8, False)])
+def test_ranks_that_hold_no_whole_models_are_refused(parser, world_size, fits):
+    args = parser.parse_args(["--tensor-model-parallel-size", "2",
+                              "--pipeline-model-parallel-size", "3"])  # fmt: skip
+    args.world_size = world_size
+    if fits:
+        check_world_size(args)
+        return
+    with pytest.raises(FlagError, match="--tensor-model-parallel-size 2 x --pipeline-model-"
+                       f"parallel-size 3: must divide the {world_size} ranks"):  # fmt: skip
+        check_world_size(args)
 
 
 def test_a_preset_is_a_set_of_defaults(monkeypatch):

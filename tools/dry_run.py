@@ -36,7 +36,7 @@ from megatron_glm.arguments import (  # noqa: E402
     pin_padded_vocab_size,
 )
 from megatron_glm.errors import exit_with_one_line  # noqa: E402
-from megatron_glm.flag_rules import check_flags  # noqa: E402
+from megatron_glm.flag_rules import MODEL_SIZE, check_flags, check_required  # noqa: E402
 from megatron_glm.model.config import GLMModelConfig, GLMTransformerConfig  # noqa: E402
 from megatron_glm.model.glm_model import GLMModelBuilder  # noqa: E402
 
@@ -89,6 +89,7 @@ def main() -> None:
     args = parse_args(add_glm_arguments)
     # Megatron prints every flag with its value.
     with exit_with_one_line(AssertionError), contextlib.redirect_stdout(io.StringIO()):
+        check_required(args, (*MODEL_SIZE, "micro_batch_size"))
         check_flags(args)
         fill_derived(args)
         validate_args(args)

@@ -27,11 +27,7 @@ import numpy as np  # noqa: E402
 from megatron.core.datasets.utils import Split  # noqa: E402
 from megatron.training.arguments import parse_args  # noqa: E402
 
-from megatron_glm.arguments import (  # noqa: E402
-    add_glm_arguments,
-    check_tokenizer_flags,
-    fill_derived,
-)
+from megatron_glm.arguments import add_glm_arguments, fill_derived  # noqa: E402
 from megatron_glm.checkpoint.megatron import MegatronCheckpoint  # noqa: E402
 from megatron_glm.data.builder import MixedDataset, train_valid_test_datasets  # noqa: E402
 from megatron_glm.data.config import DataError, dataset_config_from_args  # noqa: E402
@@ -39,6 +35,7 @@ from megatron_glm.data.sample_view import render, sample_rows, view_sequence  # 
 from megatron_glm.data.statistics import measure  # noqa: E402
 from megatron_glm.data.tokenizer import build_tokenizer  # noqa: E402
 from megatron_glm.errors import exit_with_one_line  # noqa: E402
+from megatron_glm.flag_rules import TOKENIZER, check_required  # noqa: E402
 
 
 def args_of_run(directory: Path) -> argparse.Namespace:
@@ -53,7 +50,7 @@ def args_of_run(directory: Path) -> argparse.Namespace:
 
 def build_dataset(args: argparse.Namespace, split: Split) -> tuple[MixedDataset, object]:
     """The dataset of a split as training would build it, and the tokenizer."""
-    check_tokenizer_flags(args)
+    check_required(args, (*TOKENIZER, "seq_length"))
     fill_derived(args)
     tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, args.text_scheme)
     config = dataset_config_from_args(args, tokenizer)
@@ -137,7 +134,9 @@ def explain(own: argparse.Namespace, args: argparse.Namespace) -> str:
 
 def main() -> None:
     own, rest = parse(sys.argv[1:])
-    logging.getLogger("megatron.core").setLevel(logging.WARNING)
+    for name in ("megatron.core", "megatron_glm.data"):
+        # The latter counts epochs, as if what is shown were all of a run.
+        logging.getLogger(name).setLevel(logging.WARNING)
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1"}
     sys.argv[1:] = rest
     with exit_with_one_line():

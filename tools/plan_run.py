@@ -34,7 +34,7 @@ from megatron_glm.arguments import (  # noqa: E402
 )
 from megatron_glm.data.tokenizer import build_tokenizer  # noqa: E402
 from megatron_glm.errors import exit_with_one_line  # noqa: E402
-from megatron_glm.flag_rules import check_flags  # noqa: E402
+from megatron_glm.flag_rules import MODEL_SIZE, check_flags, check_required  # noqa: E402
 from megatron_glm.planning import report  # noqa: E402
 from megatron_glm.planning.cluster import Cluster, Efficiency, find_gpu  # noqa: E402
 from megatron_glm.planning.job import PlanError, job_from_args  # noqa: E402
@@ -122,6 +122,7 @@ def training_args(own: argparse.Namespace, rest: list[str]) -> argparse.Namespac
     world_size = 1 if own.search else own.nodes * own.gpus_per_node
     os.environ |= {"WORLD_SIZE": str(world_size), "RANK": "0"}
     args = parse_args(add_glm_arguments)
+    check_required(args, MODEL_SIZE)
     check_flags(args)
     fill_derived(args)
     if own.search:

@@ -54,9 +54,11 @@ def explain(monkeypatch, capsys):
     return call
 
 
-def test_a_sample_is_printed_and_drawn(explain, flags, tmp_path):
+def test_a_sample_is_printed_and_drawn(explain, flags, tmp_path, caplog):
     picture = tmp_path / "mask.png"
     text = explain("--index", "3", "--png", picture, "--gpt-prob", "0", *flags)
+    # What a run says at its start would be of the one sequence that is shown.
+    assert "epochs" not in caplog.text
     assert text.startswith("sequence 3: sequence 3 in epoch 0 of ")
     assert "sample 0: [MASK], tokens 0-63" in text and "blank ⟦1⟧" in text
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -86,6 +88,11 @@ def test_what_cannot_be_shown_is_said_in_one_line(
     explain, flags, changes, message, capsys
 ):
     refused(explain, capsys, message, *flags, *changes)
+
+
+def test_a_missing_length_is_named(explain, flags, capsys):
+    at = flags.index("--seq-length")
+    refused(explain, capsys, "--seq-length is missing", *flags[:at], *flags[at + 2 :])
 
 
 def test_a_run_that_knows_no_data_is_refused(explain, tmp_path, capsys):
