@@ -59,6 +59,7 @@ from megatron_glm.training.settings import (  # noqa: E402
     current_settings,
     schedule_mismatch_in_words,
 )
+from megatron_glm.training.split_adam import check_split_adam  # noqa: E402
 
 
 def tokenizer_from_args(args: Namespace) -> GLMTokenizer:
@@ -79,6 +80,7 @@ def model_config_from_args(args: Namespace) -> GLMModelConfig:
         choose_attention_backend: True,
         check_mask_conformance: args.mask_conformance_check,
         check_kernel_conformance: args.kernel_conformance_check,
+        check_split_adam: args.kernel_conformance_check and args.use_precision_aware_optimizer,
     }
     config.post_wrap_hooks += [
         partial(

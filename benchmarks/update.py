@@ -2,8 +2,10 @@
 
 A weight gradient of every matrix of a layer: the product alone, the product and the addition to the
 fp32 buffer as Megatron does it without Apex, and both in one. The norm, the clipping and the AdamW
-of the weights of --layers layers: in the form that Megatron falls back on, and fused; the time is
-that of the host too, which the first makes wait. Prints the table and writes a record.
+of the weights of --layers layers, bf16 weights with fp32 main weights: in the form that Megatron
+falls back on, fused, and with the lower halves of the main weights alone
+(--use-precision-aware-optimizer); the time is that of the host too, which the first makes wait.
+Prints the table and writes a record.
 """
 
 import argparse
@@ -26,10 +28,12 @@ from benchmarks.timing import copy_gb_per_s, timed  # noqa: E402
 from megatron_glm.model.fused.operations import Sizes  # noqa: E402
 from megatron_glm.model.weight_gradient import wgrad_gemm_accum_fp32  # noqa: E402
 from megatron_glm.training import optimizer  # noqa: E402
+from megatron_glm.training.split_adam import SplitAdam  # noqa: E402
 
-# Bytes a weight that a step cannot do without: its gradient for the norm and for the scale that
-# clips, the weight, the gradient and two moments of AdamW.
-STEP_BYTES = 4 + 8 + 28
+# Bytes a weight of a step: its gradient for the norm and for the scale that clips; the gradient,
+# the main weight and two moments of AdamW; the copy of the main weight in bf16, which halves need
+# not.
+STEP_BYTES = {"fused": 4 + 8 + 28 + 6, "halves": 4 + 8 + 28}
 
 
 def matrices(size: Sizes) -> dict[str, tuple[int, int]]:
@@ -68,45 +72,57 @@ def weight_gradients(arguments: argparse.Namespace, size: Sizes, device: torch.d
         }  # fmt: skip
 
 
-def steps(weights: list[torch.Tensor]) -> dict[str, Callable[[], None]]:
-    """A step of the optimizer of each form, its gradients clipped by the factor 0.5."""
-
-    def make(adam: torch.optim.Optimizer, norm: Callable, scale: Callable) -> Callable[[], None]:
-        def step() -> None:
-            grads = [weight.grad for weight in weights]
-            norm(0, None, [grads], False)[0].item()
-            scale(0, None, [grads, grads], 0.5)
-            adam.step()
-
-        return step
-
+def make_step(form: str, weights: list[torch.Tensor]) -> Callable[[], None]:
+    """A step of the optimizer on bf16 weights in one of the forms, gradients clipped by 0.5."""
     options = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
-    return {
-        "unfused": make(torch.optim.AdamW(weights, **options), local_multi_tensor_l2_norm,
-                        local_multi_tensor_scale),
-        "fused": make(optimizer.FusedAdam(weights, **options), optimizer.l2_norm, optimizer.scale),
-    }  # fmt: skip
+    grads = [torch.full(weight.shape, 1e-3, device=weight.device) for weight in weights]
+    norm, scale = optimizer.l2_norm, optimizer.scale
+    if form == "halves":
+        for weight, grad in zip(weights, grads, strict=True):
+            weight.decoupled_grad = grad
+        adam = SplitAdam(weights, **options)
+    else:
+        main = [weight.float() for weight in weights]
+        for weight, grad in zip(main, grads, strict=True):
+            weight.grad = grad
+        adam = optimizer.FusedAdam(main, **options)
+    if form == "unfused":
+        norm, scale = local_multi_tensor_l2_norm, local_multi_tensor_scale
+        adam = torch.optim.AdamW(main, **options)
+
+    def step() -> None:
+        norm(0, None, [grads], False)[0].item()
+        scale(0, None, [grads, grads], 0.5)
+        adam.step()
+        if form == "fused":
+            optimizer.copy(main, weights)
+        elif form == "unfused":
+            for weight, value in zip(weights, main, strict=True):
+                weight.copy_(value)
+
+    return step
 
 
 def optimizer_step(arguments: argparse.Namespace, size: Sizes, device: torch.device) -> dict:
-    """One row: milliseconds of a step of both forms."""
+    """One row: milliseconds of a step of each form."""
     weights = []
     for rows, columns in [*matrices(size).values()] * arguments.layers:
         # A matrix, its bias and a norm's weight and bias.
         for shape in ((rows, columns), (rows,), (columns,), (columns,)):
-            weights.append(torch.nn.Parameter(torch.zeros(shape, device=device)))
-            weights[-1].grad = torch.full(shape, 1e-3, device=device)
+            weights.append(torch.zeros(shape, device=device, dtype=torch.bfloat16))
     elements = sum(weight.numel() for weight in weights)
     row = {"operation": f"step of {len(weights)} weights"}
     try:
         # One after the other: two states need not fit.
-        times = {form: timed(steps(weights)[form], device, arguments.repeats)
-                 for form in ("fused", "unfused")}  # fmt: skip
+        times = {form: timed(make_step(form, weights), device, arguments.repeats)
+                 for form in ("fused", "halves", "unfused")}  # fmt: skip
     except RuntimeError as error:
         return row | {"error": reason(error)}
     return row | {f"{form}_ms": ms for form, ms in times.items()} | {
         "speed_up": times["unfused"] / times["fused"],
-        "gb_per_s": 1e-6 * elements * STEP_BYTES / times["fused"],
+        "speed_up_of_halves": times["fused"] / times["halves"],
+        "gb_per_s": 1e-6 * elements * STEP_BYTES["fused"] / times["fused"],
+        "halves_gb_per_s": 1e-6 * elements * STEP_BYTES["halves"] / times["halves"],
     }  # fmt: skip
 
 
@@ -121,9 +137,14 @@ def run(arguments: argparse.Namespace) -> Iterator[dict]:
 
 
 def judge(rows: list[dict]) -> list[Check]:
-    """Neither is slower fused, on a GPU."""
-    return [Check(f"speed-up of the {row['operation']}, {row['size']}", row.get("speed_up"), 1.0)
-            for row in rows if row["size"] not in ("", "small")]  # fmt: skip
+    """Neither is slower fused, nor a step on halves than on whole main weights, on a GPU."""
+    of_gpu = [row for row in rows if row["size"] not in ("", "small")]
+    return [
+        Check(f"{name} of the {row['operation']}, {row['size']}", row.get(key), 1.0)
+        for key, name in {"speed_up": "speed-up", "speed_up_of_halves": "halves' speed-up"}.items()
+        for row in of_gpu
+        if key == "speed_up" or row["operation"].startswith("step")
+    ]
 
 
 def main(argv: list[str] | None = None) -> None:

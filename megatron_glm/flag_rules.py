@@ -176,6 +176,11 @@ def check_flags(args: Namespace) -> None:
     if args.lr is not None and args.min_lr > args.lr:
         raise FlagError(f"--min-lr {args.min_lr}: must be at most --lr {args.lr}")
     _check_recomputation(args)
+    if args.use_precision_aware_optimizer and not args.use_distributed_optimizer:
+        raise FlagError(
+            "--use-precision-aware-optimizer: is part of --use-distributed-optimizer; add that, "
+            "also for one data parallel rank"
+        )
     if args.glm_attention_backend not in ("auto", *BACKENDS):
         raise FlagError(
             f"--glm-attention-backend {args.glm_attention_backend}: must be auto or one of "

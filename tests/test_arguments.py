@@ -99,6 +99,8 @@ def test_every_rule_refuses_by_name(parser, rule):
          "--glm-recompute-norms-and-geglu with --recompute-granularity full: .*; drop either"),
         (["--glm-recompute-norms-and-geglu", "--transformer-impl", "transformer_engine"],
          "--glm-recompute-norms-and-geglu with --transformer-impl transformer_engine"),
+        (["--use-precision-aware-optimizer", "--bf16"],
+         "--use-precision-aware-optimizer: is part of --use-distributed-optimizer; add that"),
         (["--fp8-format", "hybrid"], "--fp8-format hybrid"),
         (["--tp-comm-overlap"], "--tp-comm-overlap"),
         (["--hidden-size", "60", "--num-attention-heads", "12"], "--num-attention-heads 12"),

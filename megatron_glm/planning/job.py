@@ -7,6 +7,8 @@ f FFN size, n heads, v vocabulary, t and p tensor and pipeline parallel size.
 from argparse import Namespace
 from dataclasses import dataclass, fields, replace
 
+import torch
+
 from megatron_glm.errors import GLMError
 
 
@@ -18,7 +20,6 @@ class PlanError(GLMError):
 NOT_FORECAST = {
     "optimizer": "adam",
     "optimizer_cpu_offload": False,
-    "use_precision_aware_optimizer": False,
     "cpu_offloading": False,
     "fine_grained_activation_offloading": False,
     "num_microbatches_with_partial_activation_checkpoints": None,
@@ -30,8 +31,10 @@ NOT_FORECAST = {
 }
 RECOMPUTE_MODULES = ("core_attn", "mlp")
 """Of --recompute-modules, those that are forecast."""
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 """Bytes of an element, by dtype."""
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "fp8"}
+"""Names of dtypes, as flags have them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,10 @@ class Job:
     """Of parameters and activations: fp32, bf16 or fp16 (--bf16, --fp16)."""
     accumulate_allreduce_grads_in_fp32: bool = True
     use_distributed_optimizer: bool = False
+    use_precision_aware_optimizer: bool = False
+    exp_avg_dtype: str = "fp32"
+    exp_avg_sq_dtype: str = "fp32"
+    """How the moments of Adam are stored, keys of BYTES."""
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
 
@@ -113,6 +120,11 @@ class Job:
     def element_size(self) -> int:
         """Bytes of a parameter or an activation."""
         return BYTES[self.dtype]
+
+    @property
+    def has_split_weights(self) -> bool:
+        """Whether the optimizer keeps of a main weight the half alone that a bf16 weight lacks."""
+        return self.use_precision_aware_optimizer and self.dtype == "bf16"
 
     @property
     def head_size(self) -> int:
@@ -170,5 +182,7 @@ def job_from_args(args: Namespace) -> Job:
     # What Megatron takes where none is named.
     usual = ("core_attn",) if args.recompute_granularity == "selective" else ()
     given["recompute_modules"] = tuple(args.recompute_modules or usual)
+    for moment in ("exp_avg_dtype", "exp_avg_sq_dtype"):
+        given[moment] = DTYPES[given[moment]]
     given["dtype"] = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
     return Job(**given)

@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from megatron_glm.planning.job import Job
+from megatron_glm.planning.job import BYTES, Job
 from megatron_glm.planning.schedule import stage_layers
 
 # Of torch's AdamW, fp32 each: two moments, beside fp32 main parameters of 16-bit ones.
@@ -137,15 +137,22 @@ def state_bytes(job: Job, stage: int) -> StateBytes:
     chunks = range(job.num_chunks)
     numel = parameters_of_rank(job, stage)
     padded = sum(buffer_numel(job, stage, chunk) for chunk in chunks)
-    is_half = job.element_size < FP32
     gradient_size = FP32 if job.accumulate_allreduce_grads_in_fp32 else job.element_size
-    own = optimizer_elements(job, stage)
+    # Main weights beside 16-bit ones: whole, or the half that these lack.
+    main_weight_size = FP32 if job.element_size < FP32 else 0
+    if job.has_split_weights:
+        main_weight_size -= job.element_size
     return StateBytes(
         # The distributed optimizer gathers parameters in a buffer laid out like the gradients'.
         parameters=(padded if job.use_distributed_optimizer else numel) * job.element_size,
         gradients=padded * gradient_size,
-        optimizer=own * FP32 * (3 if is_half else 2),
+        optimizer=optimizer_elements(job, stage) * (main_weight_size + moments_size(job)),
     )
+
+
+def moments_size(job: Job) -> int:
+    """Bytes of both moments of Adam of a weight."""
+    return BYTES[job.exp_avg_dtype] + BYTES[job.exp_avg_sq_dtype]
 
 
 def optimizer_elements(job: Job, stage: int) -> int:

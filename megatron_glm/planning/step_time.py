@@ -15,7 +15,13 @@ from megatron_glm.planning.operations import (
     recomputed_attention_share,
     recomputed_share,
 )
-from megatron_glm.planning.parameters import FP32, is_first, is_last, parameters_of_rank
+from megatron_glm.planning.parameters import (
+    FP32,
+    is_first,
+    is_last,
+    moments_size,
+    parameters_of_rank,
+)
 from megatron_glm.planning.schedule import stage_layers
 
 
@@ -254,9 +260,12 @@ def optimizer_seconds(job: Job, cluster: Cluster, stage: int) -> float:
     own = numel / job.data_parallel_size if job.use_distributed_optimizer else numel
     # Zeroed; divided by the number of targets, read and written.
     buffers = 3 * gradient_size * numel
-    # Norm; clipping, read and written; gradient, weight and moments read, all but the first
-    # written; the 16-bit weight written.
-    update = own * (3 * FP32 + 7 * FP32 + job.element_size)
+    # Norm; clipping, read and written; gradient read; weight, whole or as halves, and moments read
+    # and written.
+    update = own * (4 * FP32 + 2 * (FP32 + moments_size(job)))
+    if job.element_size < FP32 and not job.has_split_weights:
+        # The 16-bit weight is copied from the main weight.
+        update += own * (FP32 + job.element_size)
     return (buffers + update) / cluster.memory_rate
 
 

@@ -92,8 +92,12 @@ def embedding_backward(job: Job, kept_bytes: int) -> dict[str, int]:
 
 def optimizer_step(job: Job, stage: int) -> int:
     """Bytes that the optimizer step takes beside the state, all activations being gone: gradients
-    widened to fp32 where they are not."""
-    is_widened = job.element_size < FP32 and not job.accumulate_allreduce_grads_in_fp32
+    widened to fp32 where they are not, and the optimizer does not read them as they are."""
+    is_widened = (
+        job.element_size < FP32
+        and not job.accumulate_allreduce_grads_in_fp32
+        and not job.use_precision_aware_optimizer
+    )
     return optimizer_elements(job, stage) * FP32 if is_widened else 0
 
 

@@ -15,6 +15,7 @@ from megatron.core.optimizer import optimizer as mixed_precision
 from torch import Tensor
 
 from megatron_glm.training.optimizer_state import with_steps_by_group, with_steps_by_weight
+from megatron_glm.training.split_adam import SplitAdam
 
 
 def provide_fused_optimizer() -> None:
@@ -23,12 +24,20 @@ def provide_fused_optimizer() -> None:
     if not megatron_optimizer.USING_PYTORCH_OPTIMIZER:
         megatron_optimizer.Adam = loading_any_state(megatron_optimizer.Adam)
         return
-    megatron_optimizer.Adam = FusedAdam
+    megatron_optimizer.Adam = adam
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
     clip_grads.l2_norm_impl = l2_norm
     clip_grads.multi_tensor_scale_impl = scale
     mixed_precision.multi_tensor_scale_impl = scale
     mixed_precision._multi_tensor_copy_this_to_that = copy
+
+
+def adam(
+    params: Iterable, *, use_decoupled_grad: bool = False, **options: Any
+) -> torch.optim.Optimizer:
+    """The Adam of a run: use_decoupled_grad is how Megatron asks by --use-precision-aware-optimizer
+    for one that holds the main weights itself."""
+    return (SplitAdam if use_decoupled_grad else FusedAdam)(params, **options)
 
 
 class FusedAdam(torch.optim.Adam):

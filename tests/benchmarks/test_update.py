@@ -1,4 +1,4 @@
-"""The benchmark of weight gradients and the optimizer measures both forms and leaves a record."""
+"""The benchmark of weight gradients and the optimizer measures all forms and leaves a record."""
 
 import json
 
@@ -19,10 +19,12 @@ def test_a_run_leaves_a_record(tmp_path, capsys):
     assert step["operation"] == "step of 32 weights"
     for row in (*gradients, step):
         assert row["speed_up"] == pytest.approx(row["unfused_ms"] / row["fused_ms"])
+    assert step["speed_up_of_halves"] == pytest.approx(step["fused_ms"] / step["halves_ms"])
     assert capsys.readouterr().out.count("| small |") == 5
 
 
 def test_a_slower_form_is_judged():
-    row = {"size": "4096", "operation": "step of 32 weights", "speed_up": 0.9}
-    (check,) = update.judge([{"size": "", "operation": "copy"}, row])
-    assert not check.passed
+    row = {"size": "4096", "operation": "step of 32 weights", "speed_up": 0.9,
+           "speed_up_of_halves": 1.2}  # fmt: skip
+    fused, halves = update.judge([{"size": "", "operation": "copy"}, row])
+    assert not fused.passed and halves.passed

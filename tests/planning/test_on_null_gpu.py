@@ -53,8 +53,11 @@ RECOMPUTE_ALL = ["--recompute-granularity", "full", "--recompute-method", "unifo
                  "--recompute-num-layers", "1"]  # fmt: skip
 OVERLAP = ["--overlap-grad-reduce", "--overlap-param-gather"]
 TRITON, FLEX = (["--glm-attention-backend", name] for name in ("triton", "flex"))
-FIGURE_7 = 57.0
-"""GiB at most in a step of twelve layers without dropout, measured here on 2026-11-21."""
+LEAN = ["--use-distributed-optimizer", "--use-precision-aware-optimizer",
+        "--glm-recompute-norms-and-geglu"]  # fmt: skip
+FIGURE_7 = {57.0: [], 48.6: LEAN}
+"""GiB at most in a step of twelve layers without dropout, measured here on 2026-11-21, by flags;
+stock Megatron's step takes 91.7."""
 
 
 def one_gpu(*flags, dropout=0.0):
@@ -100,8 +103,9 @@ def test_the_allocator_takes_what_is_forecast(name, tmp_path):
     assert peak == pytest.approx(forecast / GIB, rel=0.003), moment
 
 
-def test_a_step_of_twelve_layers_takes_what_was_recorded(tmp_path):
-    peak, forecast, moment = measure(one_gpu(*TRITON), tmp_path)
-    assert peak == pytest.approx(FIGURE_7, rel=0.01)
+@pytest.mark.parametrize("gib", FIGURE_7)
+def test_a_step_of_twelve_layers_takes_what_was_recorded(gib, tmp_path):
+    peak, forecast, moment = measure(one_gpu(*TRITON, *FIGURE_7[gib]), tmp_path)
+    assert peak == pytest.approx(gib, rel=0.01)
     # Which counts every token as a target.
     assert peak == pytest.approx(forecast / GIB, rel=0.01), moment

@@ -68,9 +68,9 @@ def test_buffers_are_padded_as_megatron_pads_them(stage, data_parallel_size, ove
     assert buffer_numel(job, stage) == layout.bucket_indices[-1][1]
 
 
-def measure_state(dtype: str, distributed: bool) -> tuple[int, int, int]:
+def measure_state(dtype: str, distributed: bool, precision_aware: bool) -> tuple[int, int, int]:
     """Bytes of parameters, gradient buffers and optimizer state on this rank after a step."""
-    stepping = Stepping(dtype, distributed)
+    stepping = Stepping(dtype, distributed, precision_aware)
     stepping.step()
     buffers = stepping.model.buffers
     parameters = {p.untyped_storage()._cdata: p.untyped_storage() for p in
@@ -90,15 +90,17 @@ def measure_state(dtype: str, distributed: bool) -> tuple[int, int, int]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("distributed", [False, True])
-def test_a_rank_holds_the_state_that_is_forecast(dtype, distributed):
+@pytest.mark.parametrize("dtype, distributed, precision_aware", [
+    ("bf16", False, False), ("bf16", True, False), ("bf16", True, True),
+    ("fp32", False, False), ("fp32", True, False),
+])  # fmt: skip
+def test_a_rank_holds_the_state_that_is_forecast(dtype, distributed, precision_aware):
     job = SMALL.with_(
         num_layers=4, hidden_size=64, ffn_hidden_size=176, num_attention_heads=4,
         padded_vocab_size=VOCABULARY, seq_length=SEQUENCE, data_parallel_size=2, dtype=dtype,
-        use_distributed_optimizer=distributed,
+        use_distributed_optimizer=distributed, use_precision_aware_optimizer=precision_aware,
     )  # fmt: skip
-    ranks = run_ranks(measure_state, dtype, distributed)
+    ranks = run_ranks(measure_state, dtype, distributed, precision_aware)
     forecast = state_bytes(job, 0)
     # The buffers of this small model have no padding but that of their end.
     padding = 128 * 12

@@ -9,6 +9,7 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_glm.training.optimizer import provide_fused_optimizer
 from tests.model.building import build_glm
 
 SEQUENCE, VOCABULARY = 24, 128
@@ -18,7 +19,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Stepping:
     """Trains a model on random tokens; `losses` is the mean loss of each step so far."""
 
-    def __init__(self, dtype: str = "fp32", distributed: bool = False, **options):
+    def __init__(
+        self, dtype: str = "fp32", distributed: bool = False, precision_aware: bool = False,
+        **options,
+    ):  # fmt: skip
+        if precision_aware:
+            provide_fused_optimizer()
         kind = DTYPES[dtype]
         if kind is not torch.float32:
             options |= {dtype: True, "params_dtype": kind, "pipeline_dtype": kind}
@@ -36,6 +42,7 @@ class Stepping:
                 lr=1e-3, weight_decay=0.1, adam_beta2=0.95, clip_grad=1.0, params_dtype=kind,
                 bf16=dtype == "bf16", fp16=dtype == "fp16", initial_loss_scale=64.0,
                 min_loss_scale=2.0**-16, use_distributed_optimizer=distributed,
+                use_precision_aware_optimizer=precision_aware,
             ),
             [self.model],
         )

@@ -1,9 +1,5 @@
-"""The cuDNN backend: its parts under emulation, refusals, and on a GPU what others cannot show."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""The cuDNN backend: refusals, and on a GPU what others cannot show. Its parts under emulation:
+interpreted_cudnn.py."""
 
 import pytest
 import torch
@@ -14,16 +10,6 @@ from megatron_glm.model.dropout import draw_dropout
 from tests.model.attention.packs import random_inputs, run, samples_from
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).parents[3]
-
-
-def test_parts_with_emulated_calls():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider",
-         "tests/model/attention/interpreted_cudnn.py"],
-        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
