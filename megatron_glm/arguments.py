@@ -25,6 +25,7 @@ from megatron_glm.flag_rules import FlagError, check_flags, check_required, chec
 from megatron_glm.model.config import GLMArchitecture
 from megatron_glm.model.linears import select_linears
 from megatron_glm.presets import PRESETS
+from megatron_glm.training.batch_ramp import ramp_batch_size
 
 
 @dataclass
@@ -179,6 +180,7 @@ def parse_glm_args(build_tokenizer: Callable[[Namespace], Any]) -> Namespace:
         # Before anything is built, see whether it can be had here.
         select_linears(args.transformer_impl)
         fill_derived(args)
+        ramp_batch_size(args)
         validate_args(args)
         global_vars.build_tokenizer = build_tokenizer
         global_vars.set_global_variables(args)

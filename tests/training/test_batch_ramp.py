@@ -1,0 +1,80 @@
+"""The batch grows as --rampup-batch-size says, over a resumption too."""
+
+from argparse import Namespace
+
+import pytest
+from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
+
+from megatron_glm.flag_rules import FlagError
+from megatron_glm.training.batch_ramp import ramp_batch_size
+from tests.training.pretraining import TINY, pretrain
+
+
+def batch_size(consumed: int, start: int, increment: int, samples: int, last: int) -> int:
+    """The definition: as many increments as shares of the samples have been consumed."""
+    num_increments = (last - start) // increment
+    return last if consumed >= samples else start + consumed * num_increments // samples * increment
+
+
+@pytest.mark.parametrize("ramp", [
+    (2, 2, 12, 8), (192, 24, 5493164, 4224), (8, 8, 1001, 64), (4, 4, 8, 8),
+])  # fmt: skip
+def test_megatron_reads_the_ramp_in_the_schedule(ramp):
+    samples = ramp[2]
+    args = flags(rampup_batch_size=[str(number) for number in ramp[:3]], global_batch_size=ramp[3],
+                 world_size=4, micro_batch_size=1, train_samples=3 * samples)  # fmt: skip
+    ramp_batch_size(args)
+    consumed = 0
+    while consumed < args.train_samples:
+        consumed += batch_size(consumed, *ramp)
+    assert consumed == args.train_samples
+    assert consumed <= 3 * samples < consumed + batch_size(consumed, *ramp)
+    calculator = StepBatchsizeNumMicroBatchesCalculator(
+        1, 1, False, 1, args.step_batch_size_schedule, args.seq_length
+    )
+    for consumed in {*range(0, 2 * samples, max(1, samples // 997)), samples - 1, samples}:
+        calculator.update(consumed, consistency_check=False)
+        assert calculator.get_current_global_batch_size() == batch_size(consumed, *ramp)
+
+
+def flags(**changes) -> Namespace:
+    return Namespace(**{
+        "rampup_batch_size": ["16", "8", "100"], "global_batch_size": 64, "micro_batch_size": 2,
+        "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "world_size": 16,
+        "train_samples": 1000, "decrease_batch_size_if_needed": False, "seq_length": 32,
+        "step_batch_size_schedule": None,
+    } | changes)  # fmt: skip
+
+
+def test_without_a_ramp_nothing_changes():
+    args = flags(rampup_batch_size=None)
+    ramp_batch_size(args)
+    assert args == flags(rampup_batch_size=None)
+    ramp_batch_size(args := flags())
+    assert args.step_batch_size_schedule.startswith("0:16 544:24 ")
+    assert args.global_batch_size == 64
+
+
+@pytest.mark.parametrize("changes", [
+    {"global_batch_size": None}, {"train_samples": None}, {"decrease_batch_size_if_needed": True},
+    {"rampup_batch_size": ["16", "0", "100"]}, {"rampup_batch_size": ["16", "40", "100"]},
+    {"rampup_batch_size": ["0", "8", "100"]}, {"rampup_batch_size": ["64", "8", "100"]},
+    {"rampup_batch_size": ["16", "8", "5"]}, {"rampup_batch_size": ["60", "4", "100"]},
+    {"micro_batch_size": 3},
+], ids=str)  # fmt: skip
+def test_a_ramp_that_cannot_be_gone_is_refused(changes):
+    with pytest.raises(FlagError, match="--rampup-batch-size [0-9 ]+: (needs|must)"):
+        ramp_batch_size(flags(**changes))
+
+
+@pytest.mark.ranks
+def test_a_run_goes_the_ramp_and_resumes_on_it(corpus, tmp_path):
+    ramp, sizes = (2, 2, 12), []
+    while (size := batch_size(sum(sizes), *ramp, 8)) <= 24 - sum(sizes):
+        sizes.append(size)
+    assert sizes == [2, 2, 4, 6, 8]
+    run = [*TINY, *corpus.flags, "--lr-warmup-iters", "0", "--train-samples", "24",
+           "--rampup-batch-size", *map(str, ramp), "--save", str(tmp_path), "--load",
+           str(tmp_path)]  # fmt: skip
+    assert len(pretrain([*run, "--exit-interval", "3"])) == 3
+    assert len(pretrain(run)) == 2
