@@ -45,10 +45,15 @@ from megatron_glm.model.glm_model import (  # noqa: E402
     check_mask_conformance,
     choose_attention_backend,
 )
+from megatron_glm.training.accounting import count_as_glm  # noqa: E402
 from megatron_glm.training.agreement import ReadData  # noqa: E402
 from megatron_glm.training.batch import Batch, next_batch  # noqa: E402
 from megatron_glm.training.divergence import check_steps  # noqa: E402
-from megatron_glm.training.hooks import run_after_steps, run_before_saves  # noqa: E402
+from megatron_glm.training.hooks import (  # noqa: E402
+    run_after_steps,
+    run_before_saves,
+    skip_warm_up,
+)
 from megatron_glm.training.loss import LossParts, token_loss  # noqa: E402
 from megatron_glm.training.optimizer import provide_fused_optimizer  # noqa: E402
 from megatron_glm.training.save_errors import put_save_errors_in_words  # noqa: E402
@@ -196,6 +201,8 @@ def main() -> None:
     if args.rank == 0:
         print(f"patches applied: {', '.join(patches.apply())}", flush=True)
     provide_fused_optimizer()
+    count_as_glm()
+    skip_warm_up()
     check_steps(args)
     run_after_steps(lambda step, *_: compare_read_data(get_model_parallel_group(), step))
     run_before_saves(store_ledger)

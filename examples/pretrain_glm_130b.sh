@@ -69,6 +69,7 @@ OBJECTIVE=(
 )
 LOGGING=(
     --log-interval 1
+    --log-throughput
     --save-interval 250
     --eval-interval 1000
     --eval-iters 3

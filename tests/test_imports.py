@@ -13,7 +13,7 @@ LIBRARY = "megatron_glm"
 MAY_IMPORT = {
     "data": (),
     "model": (),
-    "training": ("data", "model"),
+    "training": ("data", "model", "planning"),
     "checkpoint": ("model.config",),
     "inference": ("model", "checkpoint", "data.tokenizer"),
     "planning": (),

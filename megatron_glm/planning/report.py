@@ -52,7 +52,8 @@ def headline(plan: Plan) -> list[str]:
         f"  memory  {plan.fullest.total / GIB:.1f} of {cluster.gpu.memory / GIB:.1f} GiB "
         f"({plan.memory_share:.0%}) on a rank of stage {plan.fullest.stage}, the fullest",
         f"  step    {plan.time.step:.4g} s for {job.global_batch_size} sequences of "
-        f"{job.seq_length}: {plan.tokens_per_second:,.0f} tokens/s, MFU {plan.mfu:.1%}"
+        f"{job.seq_length}: {plan.tokens_per_second:,.0f} tokens/s, MFU {plan.mfu:.1%} "
+        f"({plan.mfu * cluster.gpu.peak / 1e12:.1f} TFLOP/s a GPU)"
         + (f", HFU {plan.hfu:.1%}" if plan.hfu > plan.mfu else ""),
     ]
     if job.pipeline_model_parallel_size > 1:

@@ -1,4 +1,5 @@
-"""Where a run is called between functions of Megatron's training loop, which has no hook there."""
+"""Where a run is called between functions of Megatron's training loop, which has no hook there, and
+what it leaves out of them."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -36,3 +37,11 @@ def run_after_steps(action: Callable[[int, dict, float | None], None]) -> None:
         return report
 
     training.train_step = step_before_action
+
+
+def skip_warm_up() -> None:
+    """Leaves out what costs 2 to 3 s at every start on a GPU: Megatron compiles functions of GPT's
+    layers, of which GLM's kernels call none, and without these the first step compiles its own."""
+    from megatron.training import initialize
+
+    initialize._warmup_jit_function = lambda **_: None

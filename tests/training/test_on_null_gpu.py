@@ -18,8 +18,6 @@ from megatron.training import training
 from megatron_glm.model.attention import cudnn_graphs
 from tests.null_gpu import num_waits
 
-# What Megatron compiles, for a while, is no part of a GLM's layers.
-torch._dynamo.config.disable = True
 get, passes, kernels = training.get_forward_backward_func, [], Counter()
 
 def count(metadata):

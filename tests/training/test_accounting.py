@@ -1,0 +1,48 @@
+"""What the log says of operations and memory is GLM's: one run on the null GPU, read back.
+
+The counts themselves: tests/planning/test_operations.py (against torch's) and test_on_null_gpu.py.
+"""
+
+import re
+from argparse import Namespace
+
+import pytest
+
+from megatron_glm.training.accounting import operations_of_step
+from tests.null_gpu import run_on_null_gpu
+from tests.training.pretraining import TINY
+
+PROGRAM = """
+import torch, pretrain_glm
+torch._dynamo.callback.on_compile_start(lambda arguments: print("a graph"))
+from megatron.training import get_args, training
+pretrain_glm.main()
+print("operations of a step:", training.num_floating_point_operations(get_args(), 8))
+"""
+
+
+def test_operations_are_those_of_the_paper():
+    """72 b s l h^2 (1 + s / 6h + v / 12lh) with f = 8 h / 3, and what GLM-130B has of them."""
+    b, s, l, h, v = 4224, 2048, 70, 12288, 150528
+    args = Namespace(num_layers=l, hidden_size=h, ffn_hidden_size=8 * h // 3, seq_length=s,
+                     num_attention_heads=96, kv_channels=128, padded_vocab_size=v)  # fmt: skip
+    formula = 72 * b * s * l * h**2 * (1 + s / (6 * h) + v / (12 * l * h))
+    assert operations_of_step(args, b) == pytest.approx(formula, rel=1e-12)
+
+
+def test_a_log_says_them(corpus):
+    flags = [*TINY, *corpus.flags, "--bf16", "--glm-attention-backend", "triton",
+             "--no-kernel-conformance-check", "--train-iters", "3", "--log-interval", "1"]  # fmt: skip
+    done = run_on_null_gpu(PROGRAM, *flags)
+    assert done.returncode == 0, done.stderr
+    (operations,) = re.findall(r"operations of a step: (\d+)", done.stdout)
+    # Products with the weights of 4 layers, h^2 (4 + 3 f / h) each; pairs; logits.
+    assert int(operations) == 6 * 8 * 128 * (
+        4 * (64**2 * 4 + 3 * 64 * 176) + 4 * 2 * 128 * 64 + 384 * 64
+    )
+    (forecast,) = set(re.findall(r"footprints: .* total=([\d.]+) MB on a rank of stage 0",
+                                 done.stdout))  # fmt: skip
+    (taken,) = re.findall(r"after 2 iterations\) .*max allocated: ([\d.]+)", done.stdout)
+    assert float(taken) == pytest.approx(float(forecast), rel=0.01)
+    # Megatron's warm-up of GPT's functions would compile some.
+    assert "a graph" not in done.stdout
