@@ -74,19 +74,22 @@ class Check(NamedTuple):
     bound: float
     is_floor: bool = True
     """Whether the value must be at least the bound; else at most."""
+    why: str = ""
+    """Why there is no value."""
 
     @property
-    def passed(self) -> bool:
-        if self.value is None:
-            return False
+    def passed(self) -> bool | None:
+        """None where there is no number to tell."""
+        if self.value is None or math.isnan(self.value):
+            return None
         return self.value >= self.bound if self.is_floor else self.value <= self.bound
 
     def __str__(self) -> str:
-        value = "not measured," if self.value is None else _cell(self.value)
-        return (
-            f"{'PASS' if self.passed else 'FAIL'} {self.what}: {value} "
-            f"{'>=' if self.is_floor else '<='} {self.bound:g} required"
-        )
+        required = f"{'>=' if self.is_floor else '<='} {self.bound:g} required"
+        if self.passed is None:
+            return f"NOT MEASURED {self.what}, {required}: {self.why or 'no number'}"
+        result = "PASS" if self.passed else "FAIL"
+        return f"{result} {self.what}: {_cell(self.value)} {required}"
 
 
 def write_record(
@@ -123,7 +126,11 @@ def write_record(
         record["checks"] = [check._asdict() | {"passed": check.passed} for check in checks]
     folder.mkdir(parents=True, exist_ok=True)
     path = path or folder / f"{benchmark}-{now:%Y%m%dT%H%M%SZ}.json"
-    path.write_text(json.dumps(_finite(record), indent=1, default=str, allow_nan=False) + "\n")
+    text = json.dumps(_finite(record), indent=1, default=str, allow_nan=False) + "\n"
+    # Whoever is killed here leaves the whole record before this row or the whole with it.
+    beside = path.with_suffix(".part")
+    beside.write_text(text)
+    beside.replace(path)
     return path
 
 
@@ -169,14 +176,17 @@ def run_benchmark(
         print(check)
     path = path or write_record(benchmark, settings, measured, arguments.results)
     print(f"record: {path.name}", flush=True)
-    if arguments.plot and plot:
-        plot([row for row in measured if "error" not in row], path.with_suffix(".png"))
+    drawn = [row for row in measured if "error" not in row]
+    if arguments.plot and plot and drawn:
+        plot(drawn, path.with_suffix(".png"))
     return path
 
 
 def reason(error: Exception) -> str:
-    """An error as a row's "error": its class and the first line of its message."""
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    """An error as a row's "error": its class and the first line of its message; of a lack of
+    memory up to the GPU's capacity, as torch goes on with advice."""
+    line = str(error).partition("\n")[0].partition(" of which ")[0]
+    return f"{type(error).__name__}: {line}"
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:

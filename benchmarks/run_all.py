@@ -1,20 +1,22 @@
 """Runs the benchmarks of a GPU in the order of their importance: `python -m benchmarks.run_all`.
 
-Each has a limit and the whole run another (--minutes); what is stopped leaves the rows that it has.
---only continues with what was not reached. Ends with every required figure and what became of it.
+Each has a limit and the whole run another (--minutes): what no longer fits is left out for what
+does, and named at the end; --only goes on with it. What is stopped leaves the rows that it has.
+Ends with every required figure that was reached and what became of it.
 """
 
 import argparse
+import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.records import RESULTS, ROOT
+from benchmarks.records import RESULTS, ROOT, Check
 
 
 class Run(NamedTuple):
@@ -31,54 +33,57 @@ RUNS = {
     "attention": Run(("attention", "--plot"), 2.5),
     "step-12288": Run(("train_step", "--preset", "12288", "--plot"), 4, knows_minutes=True),
     "one-rank": Run(("one_rank_130b", "--plot"), 5, knows_minutes=True),
+    "memory": Run(("train_step", "--preset", "memory", "--rounds", "1"), 2, knows_minutes=True),
     "step-fp16": Run(("train_step", "--preset", "fp16"), 3, knows_minutes=True),
+    "half-precision": Run(("half_precision",), 4),
+    "step-scaling": Run(
+        ("train_step", "--preset", "scaling", "--rounds", "2", "--plot"), 6, knows_minutes=True
+    ),
+    "decode": Run(("decode", "--plot"), 3),
     "fused": Run(("fused",), 2),
     "update": Run(("update",), 2),
-    "step-scaling": Run(("train_step", "--preset", "scaling", "--plot"), 6, knows_minutes=True),
-    "decode": Run(("decode", "--plot"), 3),
-    "start-up": Run(("start_up",), 2),
-    "half-precision": Run(("half_precision",), 5),
+    "start-up": Run(("start_up", "--starts", "2"), 2),
 }
-# Below this nothing is begun.
-LEAST_MINUTES = 0.5
 
 
 class Ending(NamedTuple):
-    """How a benchmark ended: minutes, status in words, and its PASS and FAIL lines."""
+    """How a benchmark ended: minutes, status in words, and the figures that its record checks."""
 
     minutes: float
     status: str
-    checks: list[str]
+    checks: list[Check]
 
 
 def execute(run: Run, minutes: float, results: Path) -> Ending:
-    """Runs a benchmark for so many minutes at most, its output passed on as it comes."""
+    """Runs a benchmark for so many minutes at most."""
     module, *flags = run.words
     command = [sys.executable, "-m", f"benchmarks.{module}", *flags, "--results", str(results)]
     if run.knows_minutes:
         # Less what it takes to end.
         command += ["--minutes", f"{max(minutes - 0.25, 0.1):.2f}"]
+    before = set(results.glob("*.json"))
     begin = time.monotonic()
     process = subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | {"PYTHONUNBUFFERED": "1"}, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-    )  # fmt: skip
-    # With the processes that it has started.
-    timer = threading.Timer(60 * minutes, os.killpg, (process.pid, signal.SIGKILL))
-    timer.start()
-    checks = []
+        command, cwd=ROOT, env=os.environ | {"PYTHONUNBUFFERED": "1"}, process_group=0
+    )
     try:
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            if line.startswith(("PASS ", "FAIL ")):
-                checks.append(line.strip())
-        code = process.wait()
+        code = process.wait(60 * minutes)
+        status = "done" if code == 0 else f"ended with {code}"
+    except subprocess.TimeoutExpired:
+        status = "stopped at its limit"
     finally:
-        timer.cancel()
-        if process.poll() is None:
+        # With the processes that it has started, which would keep the memory of the GPU.
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    status = {0: "done", -signal.SIGKILL: "stopped at its limit"}.get(code, f"ended with {code}")
-    return Ending((time.monotonic() - begin) / 60, status, checks)
+        process.wait()
+    records = sorted(set(results.glob("*.json")) - before)
+    return Ending((time.monotonic() - begin) / 60, status, [c for r in records for c in checks(r)])
+
+
+def checks(record: Path) -> list[Check]:
+    """The figures of a record."""
+    found = json.loads(record.read_text()).get("checks", [])
+    return [Check(*(each[field] for field in Check._fields)) for each in found]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -92,25 +97,38 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     deadline = time.monotonic() + 60 * arguments.minutes
     endings: dict[str, Ending] = {}
-    missed = []
-    for name in arguments.only:
-        left = (deadline - time.monotonic()) / 60
-        if left < LEAST_MINUTES:
-            missed.append(name)
-            continue
-        print(f"== {name}", flush=True)
-        limit = min(RUNS[name].minutes, left)
-        endings[name] = execute(RUNS[name], limit, arguments.results.resolve())
+    waiting = list(dict.fromkeys(arguments.only))
+    try:
+        for name in tuple(waiting):
+            left = (deadline - time.monotonic()) / 60
+            # The first is begun whatever time it has: whoever asks for it wants what it gives.
+            if endings and left < RUNS[name].minutes:
+                continue
+            limit = min(left, RUNS[name].minutes)
+            print(f"== {name}, up to {limit:.3g} of {left:.3g} minutes; should all end in the "
+                  f"middle of it, go on with --only {' '.join(waiting)}", flush=True)
+            endings[name] = execute(RUNS[name], limit, arguments.results.resolve())
+            waiting.remove(name)
+    finally:
+        summarise(endings, waiting)
+    if any(ending.status != "done" for ending in endings.values()):
+        sys.exit(1)
+
+
+def summarise(endings: dict[str, Ending], waiting: list[str]) -> None:
+    """Print how each ended, and what is left."""
     print("\n== summary")
     for name, ending in endings.items():
         print(f"{name}: {ending.status} after {ending.minutes:.1f} min")
         for check in ending.checks:
             print(f"  {check}")
-    if missed:
-        print(f"not reached; go on with --only {' '.join(missed)}")
-    if any(ending.status != "done" for ending in endings.values()):
-        sys.exit(1)
+    if waiting:
+        minutes = sum(RUNS[name].minutes for name in waiting)
+        print(f"not done, {minutes:g} minutes at most: go on with --only {' '.join(waiting)}")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
+    # As Ctrl-C, so that the benchmark under way ends with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     main()

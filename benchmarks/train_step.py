@@ -3,13 +3,14 @@
     python -m benchmarks.train_step --preset 4096 [--minutes 5] [--plot]
 
 The GLM is `pretrain_glm.py` itself on packed batches of the published mix; "causal" is the same
-program on samples without context, and "glm-te" with Transformer Engine's linears; "stock" is
-Megatron-Core's GPT without extensions; "llama" is transformers' under torch.compile, which then
-gives attention a dense mask, and "llama-causal" the same without one. Each trains in a process of
-its own, those of a group take turns in rounds, and the median counts. TFLOP/s are of the paper's
-formula with the mask's real work; "products" times the products of a step alone, which is the
-ceiling. Every row says in milliseconds where one step's time went. A model that fails has the
-reason in its row.
+program on samples without context, "glm-lean" with the flags that save memory, and "glm-te" with
+Transformer Engine's linears; "stock" is Megatron-Core's GPT without extensions; "llama" is
+transformers' under torch.compile, which then gives attention a dense mask, and "llama-causal" the
+same without one. Each trains in a process of its own, those of a group take turns in rounds, and
+the median counts. TFLOP/s are of the paper's formula with the mask's real work; "products" times
+the products of a step alone, which is the ceiling. Every row says in milliseconds where one step's
+time went. A model that fails has the reason in its row, and one for which there was no room beside
+the others was measured by itself ("took_turns").
 """
 
 import argparse
@@ -23,10 +24,11 @@ from functools import partial
 from multiprocessing import get_context
 from multiprocessing.context import BaseContext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from benchmarks.records import Check, add_run_flags, run_benchmark
 from benchmarks.timing import COPY_BYTES
+from benchmarks.training.presets import MODELS, PRESETS, RATES
 from benchmarks.training.rates import NUM_COPIES
 from benchmarks.training.rounds import Entry, Plan, measure
 from benchmarks.training.step_plots import plot_components, plot_scaling
@@ -42,62 +44,6 @@ from benchmarks.training.work import (
     predicted_seconds,
     product_flops,
 )
-
-
-class Model(NamedTuple):
-    """A process: its program, what its steps can be (a row each), the type of its weights."""
-
-    program: str
-    variants: tuple[str, ...]
-    dtype: str = "bf16"
-    options: dict[str, Any] = {}  # noqa: RUF012
-    flags: tuple[str, ...] = ()
-
-
-RATES = "rates"
-MODELS = {
-    RATES: Model("benchmarks.training.rates", ("products", "attention", "copy")),
-    "glm": Model("benchmarks.training.glm", ("glm", "causal")),
-    "glm-fp16": Model("benchmarks.training.glm", ("glm-fp16",), "fp16"),
-    "glm-te": Model(
-        "benchmarks.training.glm", ("glm-te",), flags=("--transformer-impl", "transformer_engine")
-    ),
-    "llama": Model("benchmarks.training.llama", ("llama",)),
-    "llama-causal": Model(
-        "benchmarks.training.llama", ("llama-causal",), options={"without_mask": True}
-    ),
-    "stock": Model("benchmarks.training.stock", ("stock",)),
-}
-
-
-class Preset(NamedTuple):
-    """Sizes, and groups of models that fit into one H200 together and take turns."""
-
-    sizes: tuple[Size, ...]
-    groups: tuple[tuple[str, ...], ...]
-
-
-H4096 = Size(12, 4096, 32, 10880, 50304, 2048, micro_batch_size=4, num_micro_batches=8)
-H12288 = Size(2, 12288, 96, 32768, 50304, 2048, micro_batch_size=1, num_micro_batches=8)
-TINY = Size(2, 64, 4, 160, 512, 128, micro_batch_size=2, num_micro_batches=2)
-ALL = (("rates", "glm", "llama"), ("stock",))
-PRESETS = {
-    "tiny": Preset((TINY,), (*ALL, ("llama-causal",))),
-    "4096": Preset((H4096,), (*ALL, ("llama-causal",))),
-    "12288": Preset((H12288,), ALL),
-    "fp16": Preset((H4096,), (("glm", "glm-fp16"),)),
-    # Transformer Engine's linears beside Megatron's; its optimizer is taken by both.
-    "linears": Preset((H4096, H12288), (("rates", "glm", "glm-te"),)),
-    # As many tokens a step in each.
-    "scaling": Preset(
-        (
-            replace(H4096, num_layers=4), H4096, replace(H4096, num_layers=24),
-            replace(H4096, seq_length=8192, micro_batch_size=1),
-            replace(H4096, seq_length=32768, micro_batch_size=1, num_micro_batches=2),
-        ),
-        (("rates", "glm"),),
-    ),
-}  # fmt: skip
 
 
 class Table:
@@ -122,6 +68,8 @@ class Table:
                         row |= self._speed(reports)
                         if variant == MODELS[name].variants[0]:
                             row |= {f"{part}_ms": ms for part, ms in outcome.components.items()}
+                        if outcome.is_alone:
+                            row["took_turns"] = False
                         if outcome.error:
                             row["ended_early"] = outcome.error
                         yield row
@@ -174,39 +122,67 @@ class Table:
         return row | {"round_ms": [round(report["seconds"] * 1e3, 3) for report in reports]}
 
 
-def judge(rows: list[dict[str, Any]], preset: str) -> list[Check]:
+def judge(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> list[Check]:
     """The figures that are required of a preset."""
-    by_model = {row["model"]: row for row in rows if "error" not in row}
+    by_model = {row["model"]: row for row in rows}
+    batch = arguments.micro_batch_size
+    other_size = f", micro-batch {batch}" if batch else ""
 
-    def value(model: str, key: str = "tflops") -> float | None:
-        return by_model.get(model, {}).get(key)
-
-    def ratio(model: str, other: str, key: str = "tflops") -> float | None:
-        above, below = value(model, key), value(other, key)
-        return above / below if above and below else None
+    def check(what: str, bound: float, key: str, *models: str, is_floor: bool = True) -> Check:
+        """Of a model's value, or of its ratio to another's."""
+        values = [by_model.get(model, {}).get(key) for model in models]
+        what += other_size
+        if None in values:
+            why = _why_missing(by_model, models[values.index(None)])
+            return Check(what, None, bound, is_floor, why)
+        value, *other = values
+        return Check(what, value / other[0] if other else value, bound, is_floor)
 
     checks = {
         "4096": [
-            Check("TFLOP/s (figure 1)", value("glm"), 600),
-            Check("times the compiled Llama's TFLOP/s (figure 1)", ratio("glm", "llama"), 1.15),
-            Check("times stock Megatron's TFLOP/s (figure 1)", ratio("glm", "stock"), 2.1),
-            Check("times the compiled Llama's tokens/s (figure 1)",
-                  ratio("glm", "llama", "tokens_per_s"), 1.15),
-            Check("times stock Megatron's tokens/s (figure 1)",
-                  ratio("glm", "stock", "tokens_per_s"), 2.1),
-            Check("step over what the mask's work explains of a causal step (figure 3)",
-                  ratio("causal", "glm"), 1.03, is_floor=False),
-            Check("peak memory of stock Megatron's (figure 7)",
-                  ratio("glm", "stock", "peak_gib"), 0.55, is_floor=False),
+            check("TFLOP/s (figure 1)", 600, "tflops", "glm"),
+            check("times the compiled Llama's TFLOP/s (figure 1)", 1.15, "tflops", "glm", "llama"),
+            check("times stock Megatron's TFLOP/s (figure 1)", 2.1, "tflops", "glm", "stock"),
+            check("times the compiled Llama's tokens/s (figure 1)", 1.15, "tokens_per_s",
+                  "glm", "llama"),
+            check("times stock Megatron's tokens/s (figure 1)", 2.1, "tokens_per_s",
+                  "glm", "stock"),
+            check("step over what the mask's work explains of a causal step (figure 3)", 1.03,
+                  "tflops", "causal", "glm", is_floor=False),
         ],
         "12288": [
-            Check("TFLOP/s of the products' (figure 2)", value("glm", "of_products"), 0.85),
+            check("TFLOP/s of the products' (figure 2)", 0.85, "of_products", "glm"),
+        ],
+        "memory": [
+            check(f"peak memory of stock Megatron's, {model} (figure 7)", 0.55, "peak_gib",
+                  model, "stock", is_floor=False)
+            for model in ("glm", "glm-lean")
         ],
         "fp16": [
-            Check("times the TFLOP/s of bf16 in fp16 (figure 5)", ratio("glm-fp16", "glm"), 0.97),
+            check("times the TFLOP/s of bf16 in fp16 (figure 5)", 0.97, "tflops",
+                  "glm-fp16", "glm"),
         ],
     }  # fmt: skip
-    return checks.get(preset, [])
+    return checks.get(arguments.preset, [])
+
+
+def _why_missing(by_model: dict[str, dict[str, Any]], model: str) -> str:
+    """Why a model has no value, and what to do where it does not fit."""
+    for name in (model, "products"):
+        if error := by_model.get(name, {}).get("error"):
+            fits_elsewhere = "; run it on an H200 or with --micro-batch-size 2"
+            return f"{name}: {error}{fits_elsewhere if 'OutOfMemory' in error else ''}"
+    return f"{model}: not reached"
+
+
+def sizes(arguments: argparse.Namespace) -> list[Size]:
+    """The preset's, at the micro-batch size that was asked for and as many tokens a step."""
+    batch = arguments.micro_batch_size
+    return [
+        replace(size, micro_batch_size=batch, num_micro_batches=size.num_sequences // batch)
+        if batch else size
+        for size in PRESETS[arguments.preset].sizes
+    ]  # fmt: skip
 
 
 def run(arguments: argparse.Namespace, context: BaseContext) -> Iterator[dict[str, Any]]:
@@ -214,7 +190,7 @@ def run(arguments: argparse.Namespace, context: BaseContext) -> Iterator[dict[st
     deadline = time.monotonic() + 60 * arguments.minutes
     plan = Plan(context, arguments.rounds, arguments.steps, deadline)
     with tempfile.TemporaryDirectory() as name:
-        for number, size in enumerate(PRESETS[arguments.preset].sizes):
+        for number, size in enumerate(sizes(arguments)):
             yield from Table(size, arguments).rows(plan, Path(name, str(number)))
 
 
@@ -227,12 +203,21 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--models", nargs="+", choices=MODELS, default=list(MODELS), help="those of the preset's")
     add("--rounds", type=int, default=3, help="turns of each model; the median counts")
     add("--steps", type=int, default=2, help="steps of a turn")
-    add("--dropout", type=float, default=0.0, help="of attention and hidden states")
+    add("--dropout", type=float, help="of attention and hidden states; default: the preset's")
+    add("--micro-batch-size", type=int, help="instead of the preset's, with as many tokens a step")
     add("--glm-flags", type=shlex.split, default=[], help="more flags of pretrain_glm.py, quoted")
     add("--no-components", dest="components", action="store_false", help="profile no step")
     add("--minutes", type=float, default=30, help="after which no further step is begun")
     add_run_flags(parser)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    preset, batch = PRESETS[arguments.preset], arguments.micro_batch_size
+    if arguments.dropout is None:
+        arguments.dropout = preset.dropout
+    for size in preset.sizes if batch is not None else ():
+        if batch < 1 or size.num_sequences % batch:
+            parser.error(f"--micro-batch-size {batch}: must divide the {size.num_sequences} "
+                         f"sequences of a step of {size}")
+    return arguments
 
 
 def main(argv: list[str] | None = None, context: BaseContext | None = None) -> None:
@@ -241,7 +226,7 @@ def main(argv: list[str] | None = None, context: BaseContext | None = None) -> N
     run_benchmark(
         "train_step", arguments, run(arguments, context or get_context("spawn")),
         plot=plot_scaling if len(PRESETS[arguments.preset].sizes) > 1 else plot_components,
-        judge=partial(judge, preset=arguments.preset),
+        judge=partial(judge, arguments=arguments),
     )
 
 

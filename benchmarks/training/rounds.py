@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from benchmarks.training.turns import Failure, Task, Trainer
 WARM_UP_STEPS = 2
 # Seconds for building a model, for its first steps, which compile, or for a round.
 LONGEST_WAIT = 240
+TOO_LATE = "not reached in the given minutes"
 
 
 class Entry(NamedTuple):
@@ -29,6 +30,8 @@ class Outcome:
     reports: dict[str, list[dict[str, Any]]]
     components: dict[str, float] = field(default_factory=dict)
     error: str | None = None
+    is_alone: bool = False
+    """Whether it had no room beside the others of its group and took no turns with them."""
 
 
 class Plan(NamedTuple):
@@ -51,30 +54,37 @@ def measure(entries: Mapping[str, Entry], plan: Plan, folder: Path) -> dict[str,
     outcomes = _measure_together(entries, plan, folder / "together")
     for name, outcome in outcomes.items():
         if len(entries) > 1 and outcome.error and "OutOfMemory" in outcome.error:
-            outcomes |= _measure_together({name: entries[name]}, plan, folder / f"{name}-alone")
+            alone = _measure_together({name: entries[name]}, plan, folder / f"{name}-alone")
+            outcomes[name] = replace(alone[name], is_alone=True)
     return outcomes
 
 
 def _measure_together(
     entries: Mapping[str, Entry], plan: Plan, folder: Path
 ) -> dict[str, Outcome]:
-    trainers = {
-        name: Trainer(plan.context, entry.task, folder / name) for name, entry in entries.items()
-    }
     outcomes = {
         name: Outcome({variant: [] for variant in entry.variants})
         for name, entry in entries.items()
+    }
+    if time.monotonic() >= plan.deadline:
+        for outcome in outcomes.values():
+            outcome.error = TOO_LATE
+        return outcomes
+    print(f"starting {', '.join(entries)}", flush=True)
+    trainers = {
+        name: Trainer(plan.context, entry.task, folder / name) for name, entry in entries.items()
     }
 
     def steps(name: str, *order: Any) -> dict[str, Any] | None:
         """A report, or None where the process fails or has failed."""
         if outcomes[name].error:
             return None
-        seconds = min(LONGEST_WAIT, plan.deadline - time.monotonic())
+        left = plan.deadline - time.monotonic()
         try:
-            return trainers[name].steps(*order, seconds=seconds)
+            return trainers[name].steps(*order, seconds=min(LONGEST_WAIT, left))
         except Failure as failure:
-            outcomes[name].error = str(failure)
+            is_late = time.monotonic() >= plan.deadline
+            outcomes[name].error = TOO_LATE if is_late else str(failure)
             trainers[name].stop()
             print(f"{name}: {failure}; the end of its log:\n{trainers[name].log()}", flush=True)
             return None
@@ -89,6 +99,8 @@ def _measure_together(
             for name, variant in turns:
                 if report := steps(name, variant, plan.num_steps):
                     outcomes[name].reports[variant].append(report)
+                    # Rows come when all have ended: whoever is killed before has told these.
+                    print(f"{variant}: {report['seconds'] * 1e3:.4g} ms a step", flush=True)
         for name, entry in entries.items():
             if entry.is_profiled and (report := steps(name, entry.variants[0], 1, True)):
                 outcomes[name].components = report["components"]

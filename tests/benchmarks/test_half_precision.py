@@ -19,6 +19,9 @@ def test_a_skipped_step_and_another_loss_are_judged():
     assert all(check.passed for check in half_precision.judge(good))
     bad = [{"dtype": "fp16", "skipped_after": 1, "last_loss": 2.1}, good[1]]
     assert not any(check.passed for check in half_precision.judge(bad))
+    failed = [{"dtype": "fp16", "error": "no room"}, good[1]]
+    (check,) = half_precision.judge(failed)
+    assert check.passed is None and check.why == "no room"
 
 
 @pytest.mark.timeout(60 + 3 * NUM_STEPS)

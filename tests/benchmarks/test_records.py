@@ -7,6 +7,7 @@ import subprocess
 from importlib import metadata
 
 import pytest
+import torch
 
 from benchmarks import records
 
@@ -110,7 +111,7 @@ def test_required_figures_are_checked_and_failed_rows_are_not_drawn(tmp_path, ca
         return [
             records.Check("speed", max(speeds), 1.5),
             records.Check("memory", 0.6, 0.55, is_floor=False),
-            records.Check("other", None, 1.0),
+            records.Check("other", None, 1.0, why="no room"),
         ]
 
     path = records.run_benchmark(
@@ -119,13 +120,37 @@ def test_required_figures_are_checked_and_failed_rows_are_not_drawn(tmp_path, ca
     )
     assert drawn == [([{"speed": 2.0}], ".png")]
     assert [check["passed"] for check in json.loads(path.read_text())["checks"]] == [
-        True, False, False,
+        True, False, None,
     ]
     lines = capsys.readouterr().out.splitlines()
     assert "PASS speed: 2 >= 1.5 required" in lines
     assert "FAIL memory: 0.6 <= 0.55 required" in lines
-    assert "FAIL other: not measured, >= 1 required" in lines
+    assert "NOT MEASURED other, >= 1 required: no room" in lines
+
+
+def test_nothing_is_drawn_where_all_failed(tmp_path):
+    def plot(rows, path):
+        raise AssertionError("nothing to draw")
+
+    records.run_benchmark("some", flags(tmp_path, "--plot"), [{"error": "no"}], plot=plot)
+
+
+def test_a_record_is_whole_at_any_moment(tmp_path, monkeypatch):
+    path = records.write_record("some", {}, [{"ms": 1}], tmp_path)
+    before = path.read_text()
+
+    def killed(self, text):
+        with self.open("w") as file:
+            file.write(text[:10])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(records.Path, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        records.write_record("some", {}, [{"ms": 1}, {"ms": 2}], tmp_path, path=path)
+    assert path.read_text() == before
 
 
 def test_a_reason_is_one_line():
     assert records.reason(ValueError("first\nsecond")) == "ValueError: first"
+    error = torch.OutOfMemoryError("No memory. GPU 0 has 79 GiB of which 1 is free. Try more")
+    assert records.reason(error) == "OutOfMemoryError: No memory. GPU 0 has 79 GiB"

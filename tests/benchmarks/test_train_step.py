@@ -82,27 +82,53 @@ def row(model, tflops, **more):
     return {"model": model, "tflops": tflops, **more}
 
 
+def judge(rows, *flags):
+    return train_step.judge(rows, train_step.parse(flags))
+
+
 def test_required_figures():
     rows = [
-        row("glm", 630.0, tokens_per_s=40e3, peak_gib=50.0), row("causal", 640.0),
-        row("llama", 510.0, tokens_per_s=32e3),
-        row("stock", 278.0, tokens_per_s=16e3, peak_gib=94.0),
+        row("glm", 630.0, tokens_per_s=40e3), row("causal", 640.0),
+        row("llama", 510.0, tokens_per_s=32e3), row("stock", 278.0, tokens_per_s=16e3),
     ]  # fmt: skip
-    checks = train_step.judge(rows, "4096")
-    assert [check.passed for check in checks] == [True] * 7
-    assert [round(check.value, 3) for check in checks] == [
-        630, 1.235, 2.266, 1.25, 2.5, 1.016, 0.532
+    checks = judge(rows, "--preset", "4096")
+    assert [check.passed for check in checks] == [True] * 6
+    assert [round(check.value, 3) for check in checks] == [630, 1.235, 2.266, 1.25, 2.5, 1.016]
+    slower = [row("glm", 590.0, tokens_per_s=36e3), *rows[1:]]
+    assert [check.passed for check in judge(slower, "--preset", "4096")] == [
+        False, True, True, False, True, False
     ]  # fmt: skip
-    slower = [row("glm", 590.0, tokens_per_s=36e3, peak_gib=60.0), *rows[1:]]
-    assert [check.passed for check in train_step.judge(slower, "4096")] == [
-        False, True, True, False, True, False, False
-    ]  # fmt: skip
-    failed = [*rows[:3], {"model": "stock", "error": "OutOfMemoryError"}]
-    assert [check.passed for check in train_step.judge(failed, "4096")] == [
-        True, True, False, True, False, True, False
-    ]  # fmt: skip
-    assert train_step.judge([row("glm", 600.0, of_products=0.86)], "12288")[0].passed
-    assert not train_step.judge([row("glm", 600.0), row("glm-fp16", 580.0)], "fp16")[0].passed
+    (of_products,) = judge([row("glm", 600.0, of_products=0.86)], "--preset", "12288")
+    (of_bf16,) = judge([row("glm", 600.0), row("glm-fp16", 580.0)], "--preset", "fp16")
+    assert of_products.passed and not of_bf16.passed
+
+
+def test_what_does_not_fit_is_not_judged_and_says_why():
+    error = "OutOfMemoryError: GPU 0 has a total capacity of 79.18 GiB"
+    rows = [row("glm", 630.0, peak_gib=57.0), {"model": "stock", "error": error}]
+    checks = judge(rows, "--preset", "4096")
+    assert [check.passed for check in checks] == [True, None, None, None, None, None]
+    assert checks[1].why == "llama: not reached"
+    memory, lean = judge(rows, "--preset", "memory")
+    assert memory.passed is None and lean.why == "glm-lean: not reached"
+    assert str(memory).endswith(f"stock: {error}; run it on an H200 or with --micro-batch-size 2")
+    (of_products,) = judge(
+        [{"model": "products", "error": "RuntimeError: no"}, row("glm", 600.0)], "--preset", "12288"
+    )
+    assert of_products.passed is None and of_products.why == "products: RuntimeError: no"
+
+
+def test_a_smaller_micro_batch_has_as_many_tokens_and_is_told():
+    flags = ["--preset", "memory", "--micro-batch-size", "2"]
+    arguments = train_step.parse(flags)
+    (size,), (whole,) = train_step.sizes(arguments), train_step.PRESETS["memory"].sizes
+    assert size.micro_batch_size == 2 and size.num_tokens == whole.num_tokens
+    assert arguments.dropout == 0.1 and train_step.parse(["--dropout", "0"]).dropout == 0.0
+    rows = [row("glm", 1.0, peak_gib=50.0), row("stock", 1.0, peak_gib=100.0)]
+    check, _ = judge(rows, *flags)
+    assert check.passed and check.what.endswith("(figure 7), micro-batch 2")
+    with pytest.raises(SystemExit):
+        train_step.parse(["--micro-batch-size", "3"])
 
 
 def test_sizes_and_models_are_plotted(tmp_path):

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from benchmarks.training.rounds import WARM_UP_STEPS, Entry, Plan, measure
+from benchmarks.training.rounds import TOO_LATE, WARM_UP_STEPS, Entry, Plan, measure
 from benchmarks.training.turns import Task
 from benchmarks.training.work import Size
 from tests.ranks import warm_context
@@ -52,6 +52,7 @@ def test_rounds_alternate_between_processes_and_variants(run):
 def test_what_has_no_room_beside_the_others_is_measured_alone(run):
     outcomes, journal = run({"a": {"x": "no room"}, "b": {"z": None}})
     assert outcomes["a"].error is None and len(outcomes["a"].reports["x"]) == 2
+    assert outcomes["a"].is_alone and not outcomes["b"].is_alone
     assert len(outcomes["b"].reports["z"]) == 2
     assert journal.index("b:z") < journal.index("a:x", 1)
 
@@ -75,5 +76,13 @@ def test_a_lack_of_memory_is_told(run):
 def test_nothing_goes_on_after_the_deadline(run):
     begin = time.monotonic()
     outcomes, _ = run({"a": {"x": "hang"}, "b": {"z": None}}, seconds=3)
-    assert outcomes["a"].error.startswith("no answer within")
+    assert outcomes["a"].error == TOO_LATE
     assert time.monotonic() - begin < 30
+
+
+def test_nothing_begins_after_the_deadline(tmp_path):
+    entry = Entry(Task("tests.benchmarks.training.programs", SIZE), ("x",))
+    plan = Plan(warm_context(), 1, 1, time.monotonic())
+    outcome = measure({"a": entry}, plan, tmp_path / "work")["a"]
+    assert outcome.error == TOO_LATE and outcome.reports == {"x": []}
+    assert not (tmp_path / "work").exists()
