@@ -176,11 +176,17 @@ def check_flags(args: Namespace) -> None:
     if args.lr is not None and args.min_lr > args.lr:
         raise FlagError(f"--min-lr {args.min_lr}: must be at most --lr {args.lr}")
     _check_recomputation(args)
-    if args.use_precision_aware_optimizer and not args.use_distributed_optimizer:
-        raise FlagError(
-            "--use-precision-aware-optimizer: is part of --use-distributed-optimizer; add that, "
-            "also for one data parallel rank"
-        )
+    if args.use_precision_aware_optimizer:
+        if not args.use_distributed_optimizer:
+            raise FlagError(
+                "--use-precision-aware-optimizer: is part of --use-distributed-optimizer; add "
+                "that, also for one data parallel rank"
+            )
+        if args.log_params_norm:
+            raise FlagError(
+                "--log-params-norm with --use-precision-aware-optimizer: Megatron would print 0, "
+                "since it looks for whole main weights; drop either"
+            )
     if args.glm_attention_backend not in ("auto", *BACKENDS):
         raise FlagError(
             f"--glm-attention-backend {args.glm_attention_backend}: must be auto or one of "
@@ -190,6 +196,11 @@ def check_flags(args: Namespace) -> None:
     _check_batch_size(args)
     if args.fp16 and args.bf16:
         raise FlagError("--fp16 with --bf16: give one")
+    if args.save_retain_interval and args.save_retain_interval % args.save_interval:
+        raise FlagError(
+            f"--save-retain-interval {args.save_retain_interval}: must be a multiple of "
+            f"--save-interval {args.save_interval}"
+        )
     _check_schedule(args)
     if args.use_cpu_initialization and torch.cuda.is_available():
         raise FlagError(
@@ -235,13 +246,19 @@ def _check_recomputation(args: Namespace) -> None:
                 f"--recompute-modules {module}: {RECOMPUTE_REFUSED[module]}; use {own} for norms, "
                 "core_attn or mlp, or --recompute-granularity full"
             )
+    if args.recompute_granularity == "full":
+        if args.glm_recompute_norms_and_geglu:
+            raise FlagError(
+                f"{own} with --recompute-granularity full: that recomputes them with all the rest; "
+                "drop either"
+            )
+        if args.recompute_method is None:
+            raise FlagError(
+                "--recompute-granularity full: needs --recompute-method uniform, or block with "
+                "--recompute-num-layers for a part of the layers"
+            )
     if not args.glm_recompute_norms_and_geglu:
         return
-    if args.recompute_granularity == "full":
-        raise FlagError(
-            f"{own} with --recompute-granularity full: that recomputes them with all the rest; "
-            "drop either"
-        )
     if args.transformer_impl == "transformer_engine":
         raise FlagError(
             f"{own} with --transformer-impl transformer_engine: what its linears keep has never "
@@ -317,8 +334,14 @@ def check_required(args: Namespace, dests: Iterable[str] = REQUIRED) -> None:
             raise FlagError(f"--{dest.replace('_', '-')} is missing: {REQUIRED[dest]}")
 
 
-def check_world_size(args: Namespace) -> None:
-    """Raises FlagError where the ranks of the run are no whole number of models."""
+def check_start(args: Namespace) -> None:
+    """Raises FlagError where a run of these flags cannot start here: it lacks a flag, or the ranks
+    are no whole number of models."""
+    check_required(args)
+    if not (args.train_iters or args.train_samples):
+        raise FlagError("--train-iters is missing: give the steps of the run, or --train-samples")
+    if args.lr is None and not args.skip_train:
+        raise FlagError("--lr is missing: give the highest learning rate")
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     if args.world_size % (tp * pp):
         raise FlagError(

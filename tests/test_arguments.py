@@ -1,6 +1,7 @@
 """GLM's flags: every one documented, every refusal with flag, value and cure."""
 
 import argparse
+import contextlib
 
 import pytest
 from megatron.training.arguments import add_megatron_arguments
@@ -18,7 +19,7 @@ from megatron_glm.flag_rules import (
     FlagError,
     check_flags,
     check_required,
-    check_world_size,
+    check_start,
 )
 from megatron_glm.presets import PRESETS
 
@@ -101,6 +102,8 @@ def test_every_rule_refuses_by_name(parser, rule):
          "--glm-recompute-norms-and-geglu with --transformer-impl transformer_engine"),
         (["--use-precision-aware-optimizer", "--bf16"],
          "--use-precision-aware-optimizer: is part of --use-distributed-optimizer; add that"),
+        (["--use-precision-aware-optimizer", "--use-distributed-optimizer", "--log-params-norm"],
+         "--log-params-norm with --use-precision-aware-optimizer: Megatron would print 0"),
         (["--fp8-format", "hybrid"], "--fp8-format hybrid"),
         (["--tp-comm-overlap"], "--tp-comm-overlap"),
         (["--hidden-size", "60", "--num-attention-heads", "12"], "--num-attention-heads 12"),
@@ -112,6 +115,9 @@ def test_every_rule_refuses_by_name(parser, rule):
         (["--train-iters", "9", "--lr-decay-samples", "2"],
          "--lr-decay-samples 2 with --train-iters: .* give --lr-decay-iters"),
         (["--fp16", "--bf16"], "--fp16 with --bf16: give one"),
+        (["--save-interval", "3", "--save-retain-interval", "7"],
+         "--save-retain-interval 7: must be a multiple of --save-interval 3"),
+        (["--recompute-granularity", "full"], "--recompute-granularity full: needs --recompute-method"),
         (["--glm-attention-backend", "fast"], "--glm-attention-backend fast"),
         (["--data-path", "a", "--valid-data-path", "b"], "--data-path with --valid-data-path"),
     ],
@@ -202,17 +208,21 @@ def test_a_missing_flag_is_named(parser, missing):
         check_required(args)
 
 
-@pytest.mark.parametrize("world_size, fits", [(1, False), (6, True), (8, False)])
-def test_ranks_that_hold_no_whole_models_are_refused(parser, world_size, fits):
-    args = parser.parse_args(["--tensor-model-parallel-size", "2",
-                              "--pipeline-model-parallel-size", "3"])  # fmt: skip
-    args.world_size = world_size
-    if fits:
-        check_world_size(args)
-        return
-    with pytest.raises(FlagError, match="--tensor-model-parallel-size 2 x --pipeline-model-"
-                       f"parallel-size 3: must divide the {world_size} ranks"):  # fmt: skip
-        check_world_size(args)
+@pytest.mark.parametrize("changes, named", [
+    ({}, None), ({"train_iters": None, "train_samples": 5}, None),
+    ({"lr": None, "skip_train": True}, None),
+    ({"seq_length": None}, "--seq-length is missing"), ({"lr": None}, "--lr is missing"),
+    ({"train_iters": None}, "--train-iters is missing"),
+    ({"world_size": 8}, "--tensor-model-parallel-size 2 x --pipeline-model-parallel-size 3: must "
+                        "divide the 8 ranks"),
+], ids=str)  # fmt: skip
+def test_a_run_that_cannot_start_is_refused(parser, changes, named):
+    args = parser.parse_args(TOKENIZER)
+    vars(args).update(dict.fromkeys(REQUIRED, 1), train_iters=5, lr=1e-4, world_size=6,
+                      tensor_model_parallel_size=2, pipeline_model_parallel_size=3)  # fmt: skip
+    vars(args).update(changes)
+    with pytest.raises(FlagError, match=named) if named else contextlib.nullcontext():
+        check_start(args)
 
 
 def test_a_preset_is_a_set_of_defaults(monkeypatch):

@@ -23,16 +23,18 @@ print("operations of a step:", training.num_floating_point_operations(get_args()
 
 def test_operations_are_those_of_the_paper():
     """72 b s l h^2 (1 + s / 6h + v / 12lh) with f = 8 h / 3, and what GLM-130B has of them."""
-    b, s, l, h, v = 4224, 2048, 70, 12288, 150528
-    args = Namespace(num_layers=l, hidden_size=h, ffn_hidden_size=8 * h // 3, seq_length=s,
+    b, s, layers, h, v = 4224, 2048, 70, 12288, 150528
+    args = Namespace(num_layers=layers, hidden_size=h, ffn_hidden_size=8 * h // 3, seq_length=s,
                      num_attention_heads=96, kv_channels=128, padded_vocab_size=v)  # fmt: skip
-    formula = 72 * b * s * l * h**2 * (1 + s / (6 * h) + v / (12 * l * h))
+    formula = 72 * b * s * layers * h**2 * (1 + s / (6 * h) + v / (12 * layers * h))
     assert operations_of_step(args, b) == pytest.approx(formula, rel=1e-12)
 
 
 def test_a_log_says_them(corpus):
-    flags = [*TINY, *corpus.flags, "--bf16", "--glm-attention-backend", "triton",
-             "--no-kernel-conformance-check", "--train-iters", "3", "--log-interval", "1"]  # fmt: skip
+    flags = [
+        *TINY, *corpus.flags, "--bf16", "--glm-attention-backend", "triton", "--train-iters", "3",
+        "--log-interval", "1", "--no-kernel-conformance-check",
+    ]  # fmt: skip
     done = run_on_null_gpu(PROGRAM, *flags)
     assert done.returncode == 0, done.stderr
     (operations,) = re.findall(r"operations of a step: (\d+)", done.stdout)
