@@ -21,7 +21,7 @@ from megatron_glm.data.config import GLMDataArguments, default_max_samples
 from megatron_glm.data.tokenizer import TEXT_SCHEMES, TOKENIZER_TYPES
 from megatron_glm.device import has_gpu
 from megatron_glm.errors import exit_with_one_line
-from megatron_glm.flag_rules import FlagError, check_flags, check_required, check_world_size
+from megatron_glm.flag_rules import FlagError, check_flags, check_start
 from megatron_glm.model.config import GLMArchitecture
 from megatron_glm.model.linears import select_linears
 from megatron_glm.presets import PRESETS
@@ -173,9 +173,8 @@ def parse_glm_args(build_tokenizer: Callable[[Namespace], Any]) -> Namespace:
     args = parse_args(add_glm_arguments)
     # Megatron says by assertions what is wrong with a flag.
     with exit_with_one_line(AssertionError, rank=args.rank):
-        check_required(args)
         check_flags(args)
-        check_world_size(args)
+        check_start(args)
         has_gpu()
         # Before anything is built, see whether it can be had here.
         select_linears(args.transformer_impl)

