@@ -123,15 +123,14 @@ class Table:
 
 
 def judge(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> list[Check]:
-    """The figures that are required of a preset."""
+    """The figures that are required of a preset at its own sizes."""
+    if arguments.micro_batch_size:
+        return []
     by_model = {row["model"]: row for row in rows}
-    batch = arguments.micro_batch_size
-    other_size = f", micro-batch {batch}" if batch else ""
 
     def check(what: str, bound: float, key: str, *models: str, is_floor: bool = True) -> Check:
         """Of a model's value, or of its ratio to another's."""
         values = [by_model.get(model, {}).get(key) for model in models]
-        what += other_size
         if None in values:
             why = _why_missing(by_model, models[values.index(None)])
             return Check(what, None, bound, is_floor, why)
