@@ -139,6 +139,11 @@ def load_tokenizer(
 ) -> tuple[ExportedTokenizer | None, dict | None]:
     """What an export needs of --tokenizer-model, and its fingerprint; without the flag, what a
     source carries to a target of its kind."""
+    if (args.tokenizer_type is None) != (args.tokenizer_model is None):
+        raise CheckpointError(
+            f"--tokenizer-type {args.tokenizer_type} --tokenizer-model {args.tokenizer_model}: "
+            "give both or neither"
+        )
     if args.tokenizer_model is None:
         if args.source == args.target == Format.HUGGING_FACE.value:
             return read_tokenizer(args.load, source.settings.dimensions.vocab_size), None

@@ -133,6 +133,8 @@ def test_another_tokenizer_than_that_of_the_run_is_refused(tmp_path, capsys):
         (["--load", "/nowhere"], "/nowhere/latest: cannot be read"),
         (["--save", "/proc/here"], "/proc/here: cannot be written"),
         (["--quantization-group-size", "8"], "only Hugging Face"),
+        (["--tokenizer-type", "IceTokenizer"], "--tokenizer-model None: give both or neither"),
+        (["--tokenizer-model", "a.json"], "--tokenizer-type None --tokenizer-model a.json: give"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(tmp_path, arguments, message, capsys):

@@ -213,6 +213,7 @@ def test_a_document_longer_than_memory_should_hold_is_rejected(tool, tmp_path, c
         (["--input", "a.parquet"], "cannot be read to its end"),
         (["--input", "b.parquet"], "--json-keys text: no such column"),
         (["--input", "a.txt"], "holds no documents"),
+        (["--input", "a.jsonl", "--output-prefix", "/proc/no/a"], "'/proc/no'); give another"),
         (["--input", "a.jsonl", "--text-scheme", "collapsed"], "--text-scheme collapsed with"),
     ],
 )

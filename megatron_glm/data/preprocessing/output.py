@@ -192,8 +192,8 @@ class Output:
             yield
         except OSError as error:
             raise GLMError(
-                f"--output-prefix {self.prefix}: cannot be written ({error}); make room and run "
-                "the same command again, it goes on from the last checkpoint"
+                f"--output-prefix {self.prefix}: cannot be written ({error}); give another, or "
+                "make room and run the same command again, it goes on from the last checkpoint"
             ) from error
 
     # -- growing
