@@ -3,8 +3,9 @@
 For each form (fp16, bf16, INT8, INT4) and batch: milliseconds of reading the contexts and of one
 step, tokens a second, TFLOP/s of the layers' products while reading, the speed of a step against
 bf16's, and what a step reads (weights and cache) as a share of the memory bandwidth that a copy
-reaches. Weights are random; forms take turns, so that whatever else the machine does falls on all
-of them. A form that does not fit has the reason in its row.
+reaches. INT8 and INT4 compute in bf16, with -fp16 in fp16. Weights are random; forms take turns, so
+that whatever else the machine does falls on all of them. A form that does not fit has the reason in
+its row.
 """
 
 import argparse
@@ -31,6 +32,8 @@ FORMS = {
     "bf16": (torch.bfloat16, None),
     "int8": (torch.bfloat16, 8),
     "int4": (torch.bfloat16, 4),
+    "int8-fp16": (torch.float16, 8),
+    "int4-fp16": (torch.float16, 4),
 }
 YARDSTICK = "bf16"
 SHAPES = {

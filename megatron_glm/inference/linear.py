@@ -1,8 +1,8 @@
 """Linear layers by the form of their weights: plain, INT8 or INT4.
 
-Quantised weights stay codes. A few rows (decode) are multiplied by torch's packed kernels where
-these are fast; for many (prefill), and everywhere else, a block of the weight at a time is
-dequantised and multiplied as a plain one.
+Quantised weights stay codes. A few rows (decode) are multiplied by packed kernels, on a CPU torch's
+where these are fast, on a GPU those of `quantized_kernels`; for many (prefill), and everywhere
+else, a block of the weight at a time is dequantised and multiplied as a plain one.
 """
 
 from abc import ABC, abstractmethod
@@ -50,7 +50,7 @@ class PlainLinear(Linear):
 class QuantizedLinear(Linear):
     """A weight as codes.
 
-    scales: [out, groups] in the type of x, each for in / groups neighbouring columns.
+    scales: [out, groups], each for in / groups neighbouring columns.
     max_packed_rows: rows up to which the packed kernel is the faster way, 0 where there is none.
     row_multiple: rows of the weight that are stored together.
     """
@@ -63,18 +63,15 @@ class QuantizedLinear(Linear):
         self.scales = scales
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if len(x) > self.max_packed_rows:
-            return self._dequantized(x)
-        out = self._packed(x)
-        return out if self.bias is None else out.add_(self.bias)
+        return self._dequantized(x) if len(x) > self.max_packed_rows else self._packed(x)
 
     @abstractmethod
-    def codes(self, rows: slice) -> torch.Tensor:
-        """int8 codes [rows, in]; `rows` is cut at multiples of `row_multiple`."""
+    def weight(self, rows: slice, dtype: torch.dtype) -> torch.Tensor:
+        """Codes times scales [rows, in]; `rows` is cut at multiples of `row_multiple`."""
 
     @abstractmethod
     def _packed(self, x: torch.Tensor) -> torch.Tensor:
-        """x @ weight.T by the packed kernel."""
+        """x @ weight.T + bias by the packed kernel."""
 
     def _dequantized(self, x: torch.Tensor) -> torch.Tensor:
         num_rows = len(self.scales)
@@ -83,27 +80,45 @@ class QuantizedLinear(Linear):
         block = max(block // self.row_multiple, 1) * self.row_multiple
         for start in range(0, num_rows, block):
             rows = slice(start, min(start + block, num_rows))
-            groups = self.codes(rows).unflatten(1, (self.scales.shape[1], -1)).to(x.dtype)
-            weight = groups.mul_(self.scales[rows].unsqueeze(-1)).flatten(1)
             bias = None if self.bias is None else self.bias[rows]
-            out[:, rows] = F.linear(x, weight, bias)
+            out[:, rows] = F.linear(x, self.weight(rows, x.dtype), bias)
         return out
 
 
-class Int8Linear(QuantizedLinear):
+class CPULinear(QuantizedLinear):
+    """Codes as torch's packed kernels of a CPU take them; scales in the type of x."""
+
+    def weight(self, rows: slice, dtype: torch.dtype) -> torch.Tensor:
+        groups = self.codes(rows).unflatten(1, (self.scales.shape[1], -1)).to(dtype)
+        return groups.mul_(self.scales[rows].unsqueeze(-1)).flatten(1)
+
+    def _packed(self, x: torch.Tensor) -> torch.Tensor:
+        out = self._product(x)
+        return out if self.bias is None else out.add_(self.bias)
+
+    @abstractmethod
+    def codes(self, rows: slice) -> torch.Tensor:
+        """int8 codes [rows, in]; `rows` is cut at multiples of `row_multiple`."""
+
+    @abstractmethod
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        """x @ weight.T by the packed kernel."""
+
+
+class Int8Linear(CPULinear):
     """codes: int8 [out, in]; torch's kernel reads those of one scale a row as they are."""
 
     def __init__(self, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None):
         super().__init__(scales, bias)
-        # In fp32 and fp16 the CPU's kernel is scalar, that of CUDA knows fp32 only.
-        if codes.device.type == "cpu" and scales.dtype == torch.bfloat16:
+        # In fp32 and fp16 the kernel is scalar.
+        if scales.dtype == torch.bfloat16:
             self.max_packed_rows = 32
         self._groups = [part.contiguous() for part in codes.chunk(scales.shape[1], dim=1)]
 
     def codes(self, rows: slice) -> torch.Tensor:
         return torch.cat([part[rows] for part in self._groups], dim=1)
 
-    def _packed(self, x: torch.Tensor) -> torch.Tensor:
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
         parts = [
             torch._weight_int8pack_mm(columns.contiguous(), codes, scale.contiguous())
             for columns, codes, scale in zip(
@@ -117,7 +132,7 @@ class Int8Linear(QuantizedLinear):
         return sum(codes.nbytes for codes in self._groups) + self.scales.nbytes
 
 
-class Int4Linear(QuantizedLinear):
+class Int4Linear(CPULinear):
     """Codes in nibbles, without a kernel: an even column in the high four bits, [out, in / 2]."""
 
     def __init__(self, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None):
@@ -127,7 +142,7 @@ class Int4Linear(QuantizedLinear):
     def codes(self, rows: slice) -> torch.Tensor:
         return unpack_int4(self._nibbles[rows])
 
-    def _packed(self, x: torch.Tensor) -> torch.Tensor:
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
     @property
@@ -135,59 +150,50 @@ class Int4Linear(QuantizedLinear):
         return self._nibbles.nbytes + self.scales.nbytes
 
 
-class PackedInt4Linear(QuantizedLinear):
-    """Codes in the order of the packed kernel of the CPU or of CUDA, bf16 alone."""
+class PackedInt4Linear(CPULinear):
+    """Codes in the order of the packed kernel, bf16 alone."""
 
     # Columns that may share a scale.
     GROUP_SIZES = (256, 128, 64, 32)
+    max_packed_rows = 64
+    row_multiple = 64
 
     def __init__(self, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None):
         super().__init__(scales, bias)
-        num_rows, num_columns = codes.shape
-        self._on_cpu = codes.device.type == "cpu"
-        self.max_packed_rows = 64 if self._on_cpu else 32
-        self.row_multiple, self._column_multiple = _tile_shape(codes.device.type)
+        num_columns = codes.shape[1]
         self._group_size = _group_size(num_columns // scales.shape[1])
-        self._num_columns = num_columns
         self._store = _pack(codes)
         groups = num_columns // self._group_size
         kernel_scales = scales.repeat_interleave(groups // scales.shape[1], dim=1).T
-        # The kernels compute code * scale + zero, with code 8 for 0 on either device.
+        # The kernel computes code * scale + zero, with code 8 for 0.
         self._scales_and_zeros = torch.stack(
             (kernel_scales, torch.zeros_like(kernel_scales)), dim=-1
         ).contiguous()
 
-    @staticmethod
-    def can_hold(codes: torch.Tensor, scales: torch.Tensor) -> bool:
-        """True where a kernel takes such a weight."""
-        rows, columns = _tile_shape(codes.device.type)
-        is_able = (
-            codes.device.type == "cpu"
-            or torch.cuda.get_device_capability(codes.device) >= (8, 0)
-        )
+    @classmethod
+    def can_hold(cls, codes: torch.Tensor, scales: torch.Tensor) -> bool:
+        """True where the kernel takes such a weight."""
         return (
-            is_able
-            and scales.dtype == torch.bfloat16
-            and codes.shape[0] % rows == 0
-            and codes.shape[1] % columns == 0
+            scales.dtype == torch.bfloat16
+            and codes.shape[0] % cls.row_multiple == 0
             and _group_size(codes.shape[1] // scales.shape[1]) is not None
         )
 
     def codes(self, rows: slice) -> torch.Tensor:
-        tiles = (self.row_multiple, self._column_multiple)
-        size = tiles[0] * tiles[1]
-        stored = self._store.view(torch.uint8).view(-1, self._num_columns // tiles[1], size // 2)
-        stored = stored[rows.start // tiles[0] : -(-rows.stop // tiles[0])]
+        # A column of some rows behind the other.
+        height = self.row_multiple
+        stored = self._store.view(torch.uint8).view(len(self.scales) // height, -1, height // 2)
+        stored = stored[rows.start // height : -(-rows.stop // height)]
         nibbles = torch.cat((stored & 15, stored >> 4), dim=-1)
-        order = _tile_order(self._store.device)
+        order = _row_order()
         if order is not None:
             nibbles = nibbles[..., order]
-        codes = nibbles.unflatten(-1, tiles).transpose(1, 2)
-        return codes.reshape(-1, self._num_columns).view(torch.int8).sub_(8)
+        return nibbles.transpose(1, 2).flatten(0, 1).view(torch.int8).sub_(8)
 
-    def _packed(self, x: torch.Tensor) -> torch.Tensor:
-        kernel = torch._weight_int4pack_mm_for_cpu if self._on_cpu else torch._weight_int4pack_mm
-        return kernel(x, self._store, self._group_size, self._scales_and_zeros)
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        return torch._weight_int4pack_mm_for_cpu(
+            x, self._store, self._group_size, self._scales_and_zeros
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -198,7 +204,12 @@ def quantized_linear(
     weight: QuantizedWeight, bias: torch.Tensor | None, dtype: torch.dtype, device: torch.device
 ) -> QuantizedLinear:
     """The layer for a quantised weight, for x of `dtype` on `device`."""
-    codes, scales = weight.codes.to(device), weight.scales.to(device, dtype)
+    if device.type != "cpu":
+        from megatron_glm.inference.triton_linear import TritonLinear
+
+        codes, scales = weight.codes.to(device), weight.scales.to(device)
+        return TritonLinear(codes, scales, bias, weight.bits, dtype)
+    codes, scales = weight.codes, weight.scales.to(dtype)
     if weight.bits == 8:
         return Int8Linear(codes, scales, bias)
     kind = PackedInt4Linear if PackedInt4Linear.can_hold(codes, scales) else Int4Linear
@@ -206,43 +217,30 @@ def quantized_linear(
 
 
 def _group_size(num_columns: int) -> int | None:
-    """The largest group of the kernels of which `num_columns` are whole ones."""
+    """The largest group of the kernel of which `num_columns` are whole ones."""
     sizes = PackedInt4Linear.GROUP_SIZES
     return next((size for size in sizes if num_columns % size == 0), None)
 
 
-_CUDA_INNER_TILES = 8
-
-
 def _pack(codes: torch.Tensor) -> torch.Tensor:
-    if codes.device.type == "cpu":
-        return torch._convert_weight_to_int4pack_for_cpu(codes.int() + 8, 1)
-    unsigned = (codes + 8).view(torch.uint8)
-    pairs = (unsigned[:, 0::2] << 4) | unsigned[:, 1::2]
-    return torch._convert_weight_to_int4pack(pairs.contiguous(), _CUDA_INNER_TILES)
-
-
-def _tile_shape(device_type: str) -> tuple[int, int]:
-    """Rows and columns of the tiles that the kernels store one behind the other."""
-    return (64, 1) if device_type == "cpu" else (8, 16 * _CUDA_INNER_TILES)
+    return torch._convert_weight_to_int4pack_for_cpu(codes.int() + 8, 1)
 
 
 @cache
-def _tile_order(device: torch.device) -> torch.Tensor | None:
-    """For each element of a tile, which of the tile's nibbles holds it, counting all low nibbles
-    first and then all high ones; None where that is the order of the elements.
+def _row_order() -> torch.Tensor | None:
+    """For each of the rows that are stored together, which of their nibbles holds it, counting all
+    low nibbles first and then all high ones; None where that is the order of the rows.
 
-    The order depends on the kernel and, on a CPU, on its instructions, so it is found by packing
-    each element's own number, four bits at a time.
+    The order depends on the CPU's instructions, so it is found by packing each row's own number,
+    four bits at a time.
     """
-    rows, columns = _tile_shape(device.type)
-    size = rows * columns
-    # The CPU's kernel packs no fewer columns than a group.
-    numbers = torch.arange(size, device=device).view(rows, columns).repeat(1, -(-32 // columns))
-    found = torch.zeros(size, dtype=torch.int64, device=device)
-    for shift in range(0, (size - 1).bit_length(), 4):
+    height = PackedInt4Linear.row_multiple
+    # The kernel packs no fewer columns than a group.
+    numbers = torch.arange(height)[:, None].repeat(1, 32)
+    found = torch.zeros(height, dtype=torch.int64)
+    for shift in range(0, (height - 1).bit_length(), 4):
         digits = ((numbers >> shift) % 16 - 8).to(torch.int8)
-        packed = _pack(digits).view(torch.uint8).flatten()[: size // 2]
+        packed = _pack(digits).view(torch.uint8).flatten()[: height // 2]
         found += torch.cat((packed & 15, packed >> 4)).long() << shift
     order = found.argsort()
-    return None if torch.equal(order, torch.arange(size, device=device)) else order
+    return None if torch.equal(order, torch.arange(height)) else order
