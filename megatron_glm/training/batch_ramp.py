@@ -17,31 +17,37 @@ def ramp_batch_size(args: Namespace) -> None:
     start, increment, samples = map(int, args.rampup_batch_size)
     last = args.global_batch_size
     flag = f"--rampup-batch-size {start} {increment} {samples}"
-    if last is None or not args.train_samples or args.decrease_batch_size_if_needed:
+    if last is None or not args.train_samples:
         raise FlagError(
             f"{flag}: needs --global-batch-size, where it ends, and --train-samples, in which it "
-            "counts; --train-iters and --decrease-batch-size-if-needed do not go with it"
+            "counts, in place of --train-iters"
         )
     models = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
     whole = args.micro_batch_size * (args.world_size // models)
-    if not (
-        0 < start < last <= samples and increment > 0
-        and (last - start) % increment == start % whole == increment % whole == 0
-    ):  # fmt: skip
+    if not (whole <= start < last <= samples and 0 < increment and (last - start) % increment == 0):
         raise FlagError(
             f"{flag}: must reach --global-batch-size {last} in whole increments over at least as "
-            f"many samples, with batches divisible by {whole}, --micro-batch-size x the data "
-            "parallel ranks"
+            f"many samples, from {whole} or more, --micro-batch-size x the data parallel ranks"
         )
-    schedule = schedule_of_ramp(start, increment, samples, last)
+    if not args.decrease_batch_size_if_needed and (start % whole or increment % whole):
+        raise FlagError(
+            f"{flag}: must have batches divisible by {whole}, --micro-batch-size x the data "
+            "parallel ranks; give others, or --decrease-batch-size-if-needed, which rounds them"
+        )
+    schedule = [
+        (begin, size // whole * whole)
+        for begin, size in schedule_of_ramp(start, increment, samples, last)
+    ]
     # In tokens.
     args.step_batch_size_schedule = " ".join(
         f"{begin * args.seq_length}:{size}" for begin, size in schedule
     )
     # Megatron would begin a last step, and find no samples for it.
     args.train_samples = samples_of_whole_steps(schedule, args.train_samples)
-    # Beside a schedule Megatron refuses what was given as --global-batch-size, but needs the value.
+    # Beside a schedule Megatron refuses what was given as --global-batch-size, but needs the value,
+    # and refuses to round.
     args._is_global_batch_size_explicitly_specified = False
+    args.decrease_batch_size_if_needed = False
 
 
 def schedule_of_ramp(

@@ -55,8 +55,17 @@ def test_without_a_ramp_nothing_changes():
     assert args.global_batch_size == 64
 
 
+def test_batches_that_the_ranks_cannot_share_are_rounded_down_on_request():
+    args = flags(micro_batch_size=3, global_batch_size=48, decrease_batch_size_if_needed=True)
+    ramp_batch_size(args)
+    sizes = [int(step.partition(":")[2]) for step in args.step_batch_size_schedule.split()]
+    assert sizes == [12, 24, 24, 36, 48]
+    assert not args.decrease_batch_size_if_needed
+
+
 @pytest.mark.parametrize("changes", [
-    {"global_batch_size": None}, {"train_samples": None}, {"decrease_batch_size_if_needed": True},
+    {"global_batch_size": None}, {"train_samples": None},
+    {"micro_batch_size": 5, "decrease_batch_size_if_needed": True},
     {"rampup_batch_size": ["16", "0", "100"]}, {"rampup_batch_size": ["16", "40", "100"]},
     {"rampup_batch_size": ["0", "8", "100"]}, {"rampup_batch_size": ["64", "8", "100"]},
     {"rampup_batch_size": ["16", "8", "5"]}, {"rampup_batch_size": ["60", "4", "100"]},
