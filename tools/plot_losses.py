@@ -43,8 +43,12 @@ def draw(train: dict, valid: dict, baseline: dict[str, float], output: Path) -> 
     axes.set_ylabel("loss, nats per token")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(output, dpi=100)
-    plt.close(figure)
+    try:
+        figure.savefig(output, dpi=100)
+    except ValueError as error:
+        raise GLMError(f"--output {output}: {error}") from error
+    finally:
+        plt.close(figure)
 
 
 def whole_reports(curve: dict[int, float]) -> dict[int, float]:
@@ -79,7 +83,13 @@ def main() -> None:
             train, valid = read_losses(lines)
         if not train:
             raise GLMError(f"{args.log}: reports no losses; give what pretrain_glm.py printed")
-        baseline = json.loads(args.baseline.read_text()) if args.baseline else {}
+        try:
+            baseline = json.loads(args.baseline.read_text()) if args.baseline else {}
+        except ValueError as error:
+            raise GLMError(
+                f"--baseline {args.baseline}: is not JSON ({error}); give what "
+                "tools/measure_unigram.py wrote"
+            ) from error
         draw(train, valid, baseline, args.output)
 
 
