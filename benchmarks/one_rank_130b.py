@@ -124,11 +124,12 @@ def judge(rows: list[dict[str, Any]], preset: str) -> list[Check]:
     stages = [row for row in rows if row["stage"] != WHOLE_JOB and "error" not in row]
     middle = [row["mfu"] for row in stages if row["stage"] == LAYOUTS[preset].stages[1]]
     errors = [abs(row["of_forecast"] - 1) for row in stages if "of_forecast" in row]
+    why = next((f"stage {row['stage']}: {row['error']}" for row in rows if "error" in row), "")
     return [
-        Check("share of the peak on a middle stage", *(middle or [None]), 0.60),
-        Check("share of the peak of the whole job", *(job or [None]), 0.60),
-        Check("memory beside its forecast, off by", max(errors, default=None), 0.05,
-              is_floor=False),
+        Check("share of the peak on a middle stage (figure 6)", *(middle or [None]), 0.60, why=why),
+        Check("share of the peak of the whole job (figure 6)", *(job or [None]), 0.60, why=why),
+        Check("memory beside its forecast, off by (figure 6)", max(errors, default=None), 0.05,
+              is_floor=False, why=why),
     ]  # fmt: skip
 
 

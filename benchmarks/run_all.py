@@ -1,8 +1,9 @@
 """Runs the benchmarks of a GPU in the order of their importance: `python -m benchmarks.run_all`.
 
 Each has a limit and the whole run another (--minutes): what no longer fits is left out for what
-does, and named at the end; --only goes on with it. What is stopped leaves the rows that it has.
-Ends with every required figure that was reached and what became of it.
+does, and named at the end; --only goes on with it, and its last name has all minutes that are left.
+What is stopped leaves the rows that it has. Ends with every required figure that was reached and
+what became of it.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.records import RESULTS, ROOT, Check
+from benchmarks.training.rounds import TOO_LATE
 
 
 class Run(NamedTuple):
@@ -76,8 +78,11 @@ def execute(run: Run, minutes: float, results: Path) -> Ending:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    records = sorted(set(results.glob("*.json")) - before)
-    return Ending((time.monotonic() - begin) / 60, status, [c for r in records for c in checks(r)])
+    minutes = (time.monotonic() - begin) / 60
+    figures = [check for path in set(results.glob("*.json")) - before for check in checks(path)]
+    if any(TOO_LATE in check.why for check in figures):
+        status = "out of minutes"
+    return Ending(minutes, status, figures)
 
 
 def checks(record: Path) -> list[Check]:
@@ -104,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
             # The first is begun whatever time it has: whoever asks for it wants what it gives.
             if endings and left < RUNS[name].minutes:
                 continue
-            limit = min(left, RUNS[name].minutes)
+            limit = left if waiting == [name] else min(left, RUNS[name].minutes)
             print(f"== {name}, up to {limit:.3g} of {left:.3g} minutes; should all end in the "
                   f"middle of it, go on with --only {' '.join(waiting)}", flush=True)
             endings[name] = execute(RUNS[name], limit, arguments.results.resolve())

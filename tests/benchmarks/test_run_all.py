@@ -24,6 +24,8 @@ arguments = parser.parse_args()
 print("minutes", arguments.minutes, flush=True)
 check = {"what": "speed", "value": 2, "bound": 1, "is_floor": True, "why": "", "passed": True}
 other = {"what": "memory", "value": None, "bound": 1, "is_floor": False, "why": "no room"}
+if arguments.minutes and arguments.minutes < 0.5:
+    other["why"] = "glm: not reached in the given minutes"
 record = arguments.results / f"some-{time.time_ns()}.json"
 record.write_text(json.dumps({"rows": [], "checks": [check, other]}))
 if arguments.sleep:
@@ -67,9 +69,9 @@ def has_ended(pid: int) -> bool:
 
 
 def test_every_run_is_told_with_its_figures(run):
-    run(first=Run(("some",), 1), second=Run(("some",), 1, knows_minutes=True))
+    run(first=Run(("some",), 1, knows_minutes=True), second=Run(("some",), 1))
     out = run.out()
-    assert out.index("== first") < out.index("minutes None") < out.index("minutes 0.75")
+    assert out.index("== first") < out.index("minutes 0.75") < out.index("minutes None")
     assert summary(out) == [
         "first: done after 0.0 min", *FIGURES, "second: done after 0.0 min", *FIGURES
     ]  # fmt: skip
@@ -95,6 +97,14 @@ def test_what_no_longer_fits_is_left_out_for_what_does_and_named(run):
         "first: done after 0.0 min", "third: done after 0.0 min",
         "not done, 2.5 minutes at most: go on with --only second",
     ]  # fmt: skip
+
+
+def test_one_that_ended_before_its_figures_is_not_done_and_the_last_has_all_that_is_left(run):
+    with pytest.raises(SystemExit):
+        run("--minutes", "3", first=Run(("some",), 0.6, knows_minutes=True), last=Run(("some",), 1))
+    out = run.out()
+    assert summary(out)[0] == "first: out of minutes after 0.0 min"
+    assert re.search(r"== last, up to (2\.99|3) of \1 minutes", out)
 
 
 def test_a_request_to_end_ends_the_benchmark_too_and_says_what_is_left(tmp_path):
