@@ -28,7 +28,7 @@ from megatron_glm.checkpoint.formats import FORMATS, detect_format, open_checkpo
 from megatron_glm.checkpoint.quantization import QuantizedWeight  # noqa: E402
 from megatron_glm.checkpoint.reference import prefix_mask  # noqa: E402
 from megatron_glm.checkpoint.settings import ANGLE_DTYPES  # noqa: E402
-from megatron_glm.checkpoint.table import Format, find  # noqa: E402
+from megatron_glm.checkpoint.table import Format, find, tensors  # noqa: E402
 from megatron_glm.checkpoint.verify import (  # noqa: E402
     Cases,
     compare,
@@ -100,6 +100,13 @@ def run_hugging_face(source: Source, cases: Cases, trust_remote_code: bool) -> t
         source.directory, trust_remote_code=True, dtype=torch.float32, local_files_only=True,
         rotary_angle_dtype=source.settings.rotary_angle_dtype,
     ).eval()  # fmt: skip
+    if source.bits:
+        # A quantised weight is its products of codes and scales in fp16, the type of the scales:
+        # here, as in SAT's kernels and wherever the export is run in its own type.
+        model.hf_quantizer.compressor.decompress_model(model)
+        for tensor in filter(lambda t: t.row.quantizable, tensors(source.settings.dimensions)):
+            weight = model.get_parameter(tensor.name(Format.HUGGING_FACE))
+            weight.copy_(weight.half())
     mask = prefix_mask(cases.samples, cases.tokens.shape[1])[:, None]
     return model(cases.tokens, mask, cases.position_ids).logits
 

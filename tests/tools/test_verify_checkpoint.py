@@ -16,7 +16,7 @@ from tests.checkpoint.building import (
     write_sat,
 )
 from tests.ranks import run_ranks
-from tools import verify_checkpoint
+from tools import convert_checkpoint, verify_checkpoint
 
 CASES = str(GOLDEN / "cases.npz")
 
@@ -87,6 +87,29 @@ def test_hugging_face_code_is_run_only_if_it_is_ours(tmp_path, capsys, modules_f
     assert not (tmp_path / "ran").exists()
     assert status_of(*arguments, "--reference") == 0
     assert status_of(*arguments, "--trust-remote-code") == 0
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_export_is_what_it_was_converted_from(tmp_path, capsys, modules_folder, bits):
+    pytest.importorskip("compressed_tensors")
+
+    def convert(*arguments):
+        convert_checkpoint.main([str(argument) for argument in arguments])
+
+    # Two shards: more scales a row in half of the linears than in the others.
+    convert("--from", "sat", "--to", "sat", "--load", GOLDEN_SAT[2], "--save", tmp_path / "sat",
+            "--quantization-bit-width", bits)  # fmt: skip
+    convert("--from", "sat", "--to", "hf", "--load", tmp_path / "sat", "--save", tmp_path / "hf")
+    arguments = ["--load", tmp_path / "hf", "--against", tmp_path / "sat"]
+    assert status_of(*arguments) == 0
+    assert status_of(*arguments, "--reference") == 0
+
+    shard = next(tmp_path.glob("sat/*/mp_rank_01_model_states.pt"))
+    stored = torch.load(shard)
+    stored["module"]["transformer.layers.3.mlp.dense_4h_to_h.weight"][3, 5] ^= 1
+    torch.save(stored, shard)
+    assert status_of(*arguments) == 1
+    assert status_of(*arguments, "--reference") == 1
 
 
 def verify_on_one_rank(*arguments) -> int:
