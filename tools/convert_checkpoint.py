@@ -34,7 +34,12 @@ from megatron_glm.checkpoint.formats import FORMATS, open_checkpoint  # noqa: E4
 from megatron_glm.checkpoint.hugging_face_writer import ExportedTokenizer  # noqa: E402
 from megatron_glm.checkpoint.quantization import BIT_WIDTHS  # noqa: E402
 from megatron_glm.checkpoint.record import write_record  # noqa: E402
-from megatron_glm.checkpoint.settings import ANGLE_DTYPES, Settings  # noqa: E402
+from megatron_glm.checkpoint.settings import (  # noqa: E402
+    ANGLE_DTYPES,
+    Settings,
+    Tokenizer,
+    check_tokenizer,
+)
 from megatron_glm.checkpoint.staging import staged_directory  # noqa: E402
 from megatron_glm.checkpoint.table import Format, tensors  # noqa: E402
 from megatron_glm.checkpoint.target import Request, plan_target  # noqa: E402
@@ -111,34 +116,24 @@ def open_source(args: argparse.Namespace) -> Source:
     return open_checkpoint(args.load, Format(args.source), args.num_attention_heads, args.ckpt_step)
 
 
-def result_settings(args: argparse.Namespace, source: Source, fingerprint: dict | None) -> Settings:
+def result_settings(
+    args: argparse.Namespace, source: Source, tokenizer: Tokenizer | None
+) -> Settings:
     """The source's settings, completed by flags; a tokenizer must be the one of the source."""
-    known = source.settings.tokenizer_fingerprint
-    if fingerprint is not None and known is not None and fingerprint != known:
-        raise CheckpointError(
-            f"--tokenizer-model {args.tokenizer_model}: is {fingerprint}; {args.load} was trained "
-            f"with {known}"
-        )
-    if (
-        fingerprint is not None
-        and fingerprint["vocab_size"] > source.settings.dimensions.vocab_size
-    ):
-        raise CheckpointError(
-            f"--tokenizer-model {args.tokenizer_model}: has {fingerprint['vocab_size']} tokens, "
-            f"more than the {source.settings.dimensions.vocab_size} rows of the embedding"
-        )
+    if tokenizer is not None:
+        check_tokenizer(source.settings, tokenizer, args.load)
     return source.settings.with_overrides(
         rotary_angle_dtype=args.rotary_angle_dtype,
         unified_multitask_encoding=args.unified_multitask_encoding,
-        tokenizer_fingerprint=fingerprint,
+        tokenizer_fingerprint=tokenizer and tokenizer.fingerprint,
     )
 
 
 def load_tokenizer(
     args: argparse.Namespace, source: Source
-) -> tuple[ExportedTokenizer | None, dict | None]:
-    """What an export needs of --tokenizer-model, and its fingerprint; without the flag, what a
-    source carries to a target of its kind."""
+) -> tuple[ExportedTokenizer | None, Tokenizer | None]:
+    """What an export needs of --tokenizer-model, and the tokenizer; without the flag, what a source
+    carries to a target of its kind."""
     if (args.tokenizer_type is None) != (args.tokenizer_model is None):
         raise CheckpointError(
             f"--tokenizer-type {args.tokenizer_type} --tokenizer-model {args.tokenizer_model}: "
@@ -151,7 +146,7 @@ def load_tokenizer(
     from megatron_glm.data.codecs import build_codec
 
     codec = build_codec(args.tokenizer_type, args.tokenizer_model, args.text_scheme)
-    return export_tokenizer(codec), codec.fingerprint
+    return export_tokenizer(codec), codec
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -162,14 +157,14 @@ def convert(args: argparse.Namespace) -> None:
             "folder"
         )
     source = open_source(args)
-    tokenizer, fingerprint = load_tokenizer(args, source)
-    settings = result_settings(args, source, fingerprint)
+    exported, tokenizer = load_tokenizer(args, source)
+    settings = result_settings(args, source, tokenizer)
     request = Request(
         Format(args.target), args.target_tp, args.quantization_bit_width,
         args.quantization_group_size, DTYPES.get(args.dtype), args.iteration,
     )  # fmt: skip
-    target = plan_target(request, source, settings, tokenizer)
-    warn(args, source, settings, tokenizer)
+    target = plan_target(request, source, settings, exported)
+    warn(args, source, settings, exported)
     conversion = Conversion(source, target.dtype, target.bits, target.scales)
     everything = list(tensors(settings.dimensions))
     total = sum(map(conversion.source_bytes, everything))

@@ -5,6 +5,7 @@ each, as {"module": {name: tensor}}. INT8 and INT4 checkpoints hold int8 codes o
 weights of a layer and `<name>_scale`, fp16, one a row of the rank's part.
 """
 
+import math
 import re
 from pathlib import Path
 
@@ -168,6 +169,7 @@ class SATCheckpoint:
         if len(embedding.shape) != 2 or len(fc1_bias.shape) != 1:
             raise ShapeError(f"{embedding.path}: word embeddings of shape {embedding.shape}")
         hidden_size = embedding.shape[1]
+        self._check_last_shard(hidden_size)
         inv_freq = first.get("transformer.layers.0.attention.rotary_emb.inv_freq")
         if inv_freq is not None and inv_freq.shape and inv_freq.shape[0]:
             heads = hidden_size // (2 * inv_freq.shape[0])
@@ -189,6 +191,15 @@ class SATCheckpoint:
             num_attention_heads=num_attention_heads,
             vocab_size=embedding.shape[0] * self.tp_size,
         )
+
+    def _check_last_shard(self, hidden_size: int) -> None:
+        bias = self._stored(0, find_name("decoder.layers.0.self_attention.linear_qkv.bias"))
+        num_shards, rest = divmod(3 * hidden_size, max(math.prod(bias.shape), 1))
+        if self.tp_size < num_shards and rest == 0:
+            raise CheckpointError(
+                f"{self._folder}: {file_name(self.tp_size)} is missing: "
+                f"{file_name(0)} is one of {num_shards} shards; fetch all of them"
+            )
 
     def _read_settings(self) -> Settings:
         released = Settings(

@@ -1,13 +1,21 @@
 """What weights mean besides their values: the sizes and settings that travel with a checkpoint."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from megatron_glm.checkpoint.errors import CheckpointError
 from megatron_glm.checkpoint.reference import LAYERNORM_EPSILON, ROTARY_BASE
 from megatron_glm.checkpoint.table import Dimensions
 
 ANGLE_DTYPES = ("fp32", "fp16")
+
+
+class Tokenizer(Protocol):
+    """What is needed of `megatron_glm.data.tokenizer.GLMTokenizer` or of a codec."""
+
+    path: str | Path
+    fingerprint: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -85,3 +93,21 @@ class Settings:
     def with_overrides(self, **values: Any) -> "Settings":
         """A copy with the given values that are not None."""
         return replace(self, **{k: v for k, v in values.items() if v is not None})
+
+
+def check_tokenizer(settings: Settings, tokenizer: Tokenizer, where: Path) -> None:
+    """CheckpointError unless the ids of `tokenizer` are those that the checkpoint `where` knows."""
+    known, given = settings.tokenizer_fingerprint, tokenizer.fingerprint
+    if known is not None and known != given:
+        differing = {name: given.get(name) for name in known if known[name] != given.get(name)}
+        raise CheckpointError(
+            f"--tokenizer-model {tokenizer.path}: is not what {where} was trained with, so ids "
+            f"would mean other text: {differing} here, "
+            f"{ {name: known[name] for name in differing} } there; give that file and its type"
+        )
+    num_tokens, num_rows = given["vocab_size"], settings.dimensions.vocab_size
+    if num_tokens > num_rows:
+        raise CheckpointError(
+            f"--tokenizer-model {tokenizer.path}: has {num_tokens} tokens, more than the "
+            f"{num_rows} of {where}; give the file that it was trained with"
+        )

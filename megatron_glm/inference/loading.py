@@ -3,7 +3,7 @@
 import torch
 
 from megatron_glm.checkpoint.convert import Source
-from megatron_glm.checkpoint.errors import CheckpointError
+from megatron_glm.checkpoint.settings import check_tokenizer
 from megatron_glm.data.tokenizer import GLMTokenizer
 from megatron_glm.inference.blanks import BlankCodec
 from megatron_glm.inference.engine import Engine
@@ -34,26 +34,8 @@ def load_filler(
     CheckpointError where the tokenizer is not the one that the model was trained with, or the
     layout does not fit.
     """
-    check_tokenizer(source, tokenizer)
     settings = source.settings
+    check_tokenizer(settings, tokenizer, source.directory)
     weights = Weights(source, layout, device, dtype or default_dtype(source, bits, device), bits)
     codec = BlankCodec(tokenizer, settings.unified_multitask_encoding)
     return Filler(Engine(settings, weights, layout), codec)
-
-
-def check_tokenizer(source: Source, tokenizer: GLMTokenizer) -> None:
-    """CheckpointError unless the ids of `tokenizer` are those that the checkpoint knows."""
-    known, given = source.settings.tokenizer_fingerprint, tokenizer.fingerprint
-    if known is not None and known != given:
-        differing = {name: given.get(name) for name in known if known[name] != given.get(name)}
-        raise CheckpointError(
-            f"--tokenizer-model {tokenizer.path}: is not what {source.directory} was trained with, "
-            f"so ids would mean other text: {differing} here, "
-            f"{ {name: known[name] for name in differing} } there; give that file and its type"
-        )
-    num_rows = source.settings.dimensions.vocab_size
-    if tokenizer.vocab_size > num_rows:
-        raise CheckpointError(
-            f"--tokenizer-model {tokenizer.path}: has {tokenizer.vocab_size} tokens, more than the "
-            f"{num_rows} of {source.directory}; give the file that it was trained with"
-        )

@@ -150,6 +150,10 @@ def test_missing_shards_and_folders_are_named(tmp_path):
     (folder / "7" / file_name(2)).unlink()
     with pytest.raises(CheckpointError, match="mp_rank_02_model_states.pt is missing"):
         SATCheckpoint(folder)
+    # Nothing but shapes tells that the last one was there.
+    (folder / "7" / file_name(3)).unlink()
+    with pytest.raises(CheckpointError, match="mp_rank_02_model_states.pt is missing: .* one of 4"):
+        SATCheckpoint(folder)
     shutil.rmtree(folder / "7")
     with pytest.raises(CheckpointError, match="7: holds no mp_rank"):
         SATCheckpoint(folder)
