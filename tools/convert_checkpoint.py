@@ -33,14 +33,14 @@ from megatron_glm.checkpoint.errors import CheckpointError  # noqa: E402
 from megatron_glm.checkpoint.formats import FORMATS, open_checkpoint  # noqa: E402
 from megatron_glm.checkpoint.hugging_face_writer import ExportedTokenizer  # noqa: E402
 from megatron_glm.checkpoint.quantization import BIT_WIDTHS  # noqa: E402
-from megatron_glm.checkpoint.record import write_record  # noqa: E402
+from megatron_glm.checkpoint.record import is_conversion, write_record  # noqa: E402
 from megatron_glm.checkpoint.settings import (  # noqa: E402
     ANGLE_DTYPES,
     Settings,
     Tokenizer,
     check_tokenizer,
 )
-from megatron_glm.checkpoint.staging import staged_directory  # noqa: E402
+from megatron_glm.checkpoint.staging import holds_something, staged_directory  # noqa: E402
 from megatron_glm.checkpoint.table import Format, tensors  # noqa: E402
 from megatron_glm.checkpoint.target import Request, plan_target  # noqa: E402
 from megatron_glm.checkpoint.tokenizer_export import export_tokenizer, read_tokenizer  # noqa: E402
@@ -59,7 +59,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--load", type=Path, required=True, help="folder to read")
     add("--save", type=Path, required=True, help="folder to write; must be empty or missing")
     add(
-        "--overwrite", action="store_true", help="replace what --save holds, in one step at the end"
+        "--overwrite",
+        action="store_true",
+        help="replace the conversion that --save holds, in one step at the end",
     )
     add(
         "--target-tp", type=int, help="shards of a SAT target, 1 to 8; default: as the source, or 1"
@@ -155,6 +157,11 @@ def convert(args: argparse.Namespace) -> None:
         raise CheckpointError(
             f"--save {args.save}: holds --load {args.load}, which would be lost; give another "
             "folder"
+        )
+    if args.overwrite and holds_something(args.save) and not is_conversion(args.save):
+        raise CheckpointError(
+            f"--save {args.save}: holds more than a conversion wrote, perhaps a training run, and "
+            "--overwrite would delete it; give another folder, or delete this one yourself"
         )
     source = open_source(args)
     exported, tokenizer = load_tokenizer(args, source)

@@ -72,6 +72,15 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     raise CorruptFileError(f"{path}: damaged; remove it to go without its hashes and settings")
 
 
+def is_conversion(folder: Path) -> bool:
+    """Whether a folder holds what a conversion wrote, and no iterations that were trained since."""
+    record = read_record(folder)
+    if record is None:
+        return False
+    converted = f"iter_{record['target'].get('iteration') or 0:07d}"
+    return all(path.name == converted for path in folder.glob("iter_*"))
+
+
 def recorded_settings(folder: Path) -> Settings | None:
     """The settings in a checkpoint's conversion.json, None where it has none."""
     record = read_record(folder)

@@ -13,6 +13,12 @@ from megatron_glm.checkpoint.errors import CheckpointError
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+# Errors of write(2), which name no file.
+_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota of the disk is used up",
+    errno.EFBIG: "a file grew beyond what `ulimit -f` or the file system allows",
+}
 
 
 @contextlib.contextmanager
@@ -22,13 +28,13 @@ def staged_directory(target: Path, num_bytes: int, overwrite: bool = False) -> I
     A process that dies inside the block leaves `target` as it was, and a `<target>.partial` that
     the next attempt removes. `num_bytes` is checked against the free space first. CheckpointError
     where `target` holds something and not `overwrite`, where another process is writing it, and
-    where the disk is full.
+    where the disk is full or a file may not be as large.
     """
     target = Path(os.path.abspath(target))
     partial = target.with_name(target.name + ".partial")
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"--save {target}: is a file, and a folder is to be written")
-    if _holds_something(target) and not overwrite:
+    if holds_something(target) and not overwrite:
         raise CheckpointError(
             f"--save {target}: exists and is not empty; give another folder, or --overwrite"
         )
@@ -36,7 +42,7 @@ def staged_directory(target: Path, num_bytes: int, overwrite: bool = False) -> I
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"--save {target}: cannot be written ({error})") from None
-    with _disk_full_errors(target, num_bytes), _locked_empty(partial):
+    with _write_errors(target, num_bytes), _locked_empty(partial):
         try:
             _check_space(partial, num_bytes)
             yield partial
@@ -49,20 +55,21 @@ def staged_directory(target: Path, num_bytes: int, overwrite: bool = False) -> I
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _holds_something(path: Path) -> bool:
-    return path.exists() and any(path.iterdir())
+def holds_something(path: Path) -> bool:
+    """Whether a path is a folder with anything in it."""
+    return path.is_dir() and any(path.iterdir())
 
 
 @contextlib.contextmanager
-def _disk_full_errors(target: Path, num_bytes: int) -> Iterator[None]:
+def _write_errors(target: Path, num_bytes: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in _REASONS:
             raise
         raise CheckpointError(
-            f"--save {target}: the disk is full; {num_bytes / 1e9:.3f} GB are needed in all. "
-            "Nothing was left behind"
+            f"--save {target}: {_REASONS[error.errno]}; {num_bytes / 1e9:.3f} GB are needed in "
+            "all. Nothing was left behind"
         ) from error
 
 
@@ -109,7 +116,7 @@ def _sync(folder: Path) -> None:
 
 
 def _replace(partial: Path, target: Path) -> None:
-    if not _holds_something(target):
+    if not holds_something(target):
         # rename(2) replaces an empty folder, but nothing else.
         os.rename(partial, target)
     elif not _exchange(partial, target):

@@ -67,9 +67,13 @@ def test_an_error_leaves_nothing_new(old, error):
     assert [path.name for path in old.parent.iterdir()] == ["result"]
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_is_one_clear_error(old, number):
-    with pytest.raises(CheckpointError, match="result: the disk is full; 2.000 GB are needed"):
+@pytest.mark.parametrize("number, reason", [
+    (errno.ENOSPC, "the disk is full"),
+    (errno.EDQUOT, "the quota of the disk is used up"),
+    (errno.EFBIG, "a file grew beyond what `ulimit -f` or the file system allows"),
+])  # fmt: skip
+def test_a_full_disk_is_one_clear_error(old, number, reason):
+    with pytest.raises(CheckpointError, match=f"result: {reason}; 2.000 GB are needed"):
         with staged_directory(old, 2_000_000_000, overwrite=True):
             raise OSError(number, "full")
     assert content(old) == {"old": "old"}

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -152,11 +153,26 @@ def test_groups_of_weights_that_are_not_quantised_are_refused(tmp_path, capsys):
 
 
 def test_what_is_there_is_not_overwritten_unasked(tmp_path, capsys):
-    save = write_sat(tmp_path / "b", MemorySource(seed=1))
+    save = tmp_path / "b"
+    convert("sat", "sat", write_sat(tmp_path / "a", MemorySource()), save)
     assert "--overwrite" in error_of(capsys, "sat", "sat", GOLDEN_SAT[1], save)
     assert SATCheckpoint(save).dimensions.num_layers == 2
     convert("sat", "sat", GOLDEN_SAT[1], save, "--overwrite")
     assert SATCheckpoint(save).dimensions.num_layers == 4
+
+
+def test_only_a_conversion_is_overwritten(tmp_path, capsys):
+    trained = write_megatron(tmp_path / "trained", MemorySource(), iteration=5)
+    converted = tmp_path / "converted"
+    for _ in range(2):
+        # The second time over the first.
+        convert("sat", "megatron", GOLDEN_SAT[1], converted, "--iteration", "3", "--overwrite")
+    # As training on in the folder would do.
+    shutil.copytree(trained / "iter_0000005", converted / "iter_0000005")
+    for save in (trained, converted):
+        message = error_of(capsys, "sat", "sat", GOLDEN_SAT[1], save, "--overwrite")
+        assert f"--save {save}: holds more than a conversion wrote" in message
+        assert (save / "iter_0000005" / "metadata.json").is_file()
 
 
 def test_a_source_is_not_replaced_by_its_conversion(tmp_path, capsys):
@@ -275,7 +291,8 @@ def test_the_announced_memory_is_kept_by_packed_weights(tmp_path, fmt):
 
 @pytest.mark.parametrize("delay", [0.0, 0.1, 0.4])
 def test_kill_minus_nine_leaves_the_old_or_the_new(large, tmp_path, delay):
-    save = write_sat(tmp_path / "b", MemorySource(seed=1))
+    save = tmp_path / "b"
+    convert("sat", "sat", write_sat(tmp_path / "a", MemorySource(seed=1)), save)
     process = subprocess.Popen(
         command("sat", large, save, "--overwrite", "--target-tp", "2"), cwd=ROOT,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -290,7 +307,7 @@ def test_kill_minus_nine_leaves_the_old_or_the_new(large, tmp_path, delay):
     if found.dimensions.num_layers == 2:
         assert_same_bits(read_all(found), MemorySource(seed=1).weights)
     else:
-        assert (save / "conversion.json").exists()
+        assert found.dimensions == LargeSource().settings.dimensions
     convert("sat", "sat", GOLDEN_SAT[1], save, "--overwrite")
     assert SATCheckpoint(save).dimensions.num_layers == 4
     assert not partial.exists()
