@@ -4,14 +4,13 @@
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_glm.errors import exit_with_one_line
-from megatron_glm.training.log_lines import read_losses
+from megatron_glm.training.log_lines import read_baseline, read_losses
 
 
 def compare(last: dict[str, float], baseline: dict[str, float]) -> tuple[str, bool]:
@@ -39,7 +38,7 @@ def main() -> None:
         with args.log.open(errors="replace") as lines:
             _, valid = read_losses(lines)
         last = {name: curve[max(curve)] for name, curve in valid.items() if curve}
-        table, is_better = compare(last, json.loads(args.baseline.read_text()))
+        table, is_better = compare(last, read_baseline(args.baseline))
         print(table)
     if not is_better:
         sys.exit(f"compare_baseline: {args.log}: not below the unigram model in every objective")

@@ -36,6 +36,7 @@ from megatron_glm.data.statistics import measure  # noqa: E402
 from megatron_glm.data.tokenizer import build_tokenizer  # noqa: E402
 from megatron_glm.errors import exit_with_one_line  # noqa: E402
 from megatron_glm.flag_rules import TOKENIZER, check_required  # noqa: E402
+from megatron_glm.pictures import check_picture  # noqa: E402
 
 
 def args_of_run(directory: Path) -> argparse.Namespace:
@@ -140,6 +141,7 @@ def main() -> None:
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1"}
     sys.argv[1:] = rest
     with exit_with_one_line():
+        check_picture("--png", own.png)
         # Megatron announces what it understood; what this prints may be read by a program.
         with contextlib.redirect_stdout(sys.stderr):
             args = args_of_run(own.run) if own.run else parse_args(add_glm_arguments)

@@ -35,6 +35,7 @@ from megatron_glm.arguments import (  # noqa: E402
 from megatron_glm.data.tokenizer import build_tokenizer  # noqa: E402
 from megatron_glm.errors import exit_with_one_line  # noqa: E402
 from megatron_glm.flag_rules import MODEL_SIZE, check_flags, check_required  # noqa: E402
+from megatron_glm.pictures import check_picture  # noqa: E402
 from megatron_glm.planning import report  # noqa: E402
 from megatron_glm.planning.cluster import Cluster, Efficiency, find_gpu  # noqa: E402
 from megatron_glm.planning.job import PlanError, job_from_args  # noqa: E402
@@ -183,6 +184,7 @@ def main() -> None:
     own, rest = own_parser().parse_known_args()
     # Megatron says by assertions what is wrong with a flag.
     with exit_with_one_line(AssertionError):
+        check_picture("--plot", own.plot)
         cluster, overheads = cluster_from(own), overheads_from(own)
         args = training_args(own, rest)
         job, run = job_from_args(args), run_from(own, args)

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -18,7 +17,8 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 from megatron_glm.data.blank_infilling import OBJECTIVE_NAMES  # noqa: E402
 from megatron_glm.errors import GLMError, exit_with_one_line  # noqa: E402
-from megatron_glm.training.log_lines import read_losses  # noqa: E402
+from megatron_glm.pictures import check_picture  # noqa: E402
+from megatron_glm.training.log_lines import read_baseline, read_losses  # noqa: E402
 
 
 def draw(train: dict, valid: dict, baseline: dict[str, float], output: Path) -> None:
@@ -43,12 +43,8 @@ def draw(train: dict, valid: dict, baseline: dict[str, float], output: Path) -> 
     axes.set_ylabel("loss, nats per token")
     axes.grid(alpha=0.3)
     axes.legend()
-    try:
-        figure.savefig(output, dpi=100)
-    except ValueError as error:
-        raise GLMError(f"--output {output}: {error}") from error
-    finally:
-        plt.close(figure)
+    figure.savefig(output, dpi=100)
+    plt.close(figure)
 
 
 def whole_reports(curve: dict[int, float]) -> dict[int, float]:
@@ -79,17 +75,12 @@ def main() -> None:
     )
     args = parser.parse_args()
     with exit_with_one_line():
+        check_picture("--output", args.output)
         with args.log.open(errors="replace") as lines:
             train, valid = read_losses(lines)
         if not train:
             raise GLMError(f"{args.log}: reports no losses; give what pretrain_glm.py printed")
-        try:
-            baseline = json.loads(args.baseline.read_text()) if args.baseline else {}
-        except ValueError as error:
-            raise GLMError(
-                f"--baseline {args.baseline}: is not JSON ({error}); give what "
-                "tools/measure_unigram.py wrote"
-            ) from error
+        baseline = read_baseline(args.baseline) if args.baseline else {}
         draw(train, valid, baseline, args.output)
 
 

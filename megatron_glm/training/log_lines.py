@@ -1,8 +1,12 @@
-"""Megatron's log lines read back as numbers."""
+"""Losses read back as numbers: from Megatron's log lines, and of a baseline."""
 
+import json
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
+
+from megatron_glm.errors import GLMError
 
 _TRAIN = re.compile(r"iteration\s+(\d+)/\s*(\d+) \|")
 _VALID = re.compile(r"validation\S* loss at iteration (\d+)(?: on validation set)? \|")
@@ -78,3 +82,16 @@ def read_losses(lines: Iterable[str]) -> tuple[dict[str, dict], dict[str, dict]]
         for name, loss in report.losses.items():
             curves[report.is_valid].setdefault(name, {})[report.iteration] = loss
     return curves
+
+
+def read_baseline(path: Path) -> dict[str, float]:
+    """{objective: nats per token} as tools/measure_unigram.py writes it; GLMError where it is
+    something else."""
+    try:
+        losses = json.loads(path.read_text())
+        if losses and all(isinstance(loss, int | float) for loss in losses.values()):
+            return losses
+        reason = "holds no losses"
+    except (ValueError, AttributeError) as error:
+        reason = f"cannot be read: {error}"
+    raise GLMError(f"--baseline {path}: {reason}; give what tools/measure_unigram.py wrote")

@@ -81,6 +81,7 @@ def test_flags_may_come_from_a_run(explain, flags, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("changes, message", [
     (["--of", "test"], "--of test: the flags give that split no data"),
+    (["--png", "seen.xyz"], "--png seen.xyz: must end in"),
     (["--data-path", "nowhere"], "nowhere.idx: no such file"),
     (["--run", "nowhere"], "--run takes the flags of the run: drop --data-path"),
 ])  # fmt: skip

@@ -83,6 +83,7 @@ def test_what_was_measured_is_taken_as_it_is(tmp_path, plan):
         ((*MODEL, "--gpu", "T4"), "--gpu T4: unknown; use one of A100-40G"),
         ((*MODEL, "--nodes", "0"), "--nodes 0 x --gpus-per-node 8: must be 1 or more"),
         ((*MODEL, "--swiglu"), "--swiglu"),
+        ((*MODEL, "--plot", "plan.xyz"), "--plot plan.xyz: must end in"),
         ((*MODEL, "--search"), "--global-batch-size is missing: a search needs it"),
         (("--glm-preset", "335m"), "--padded-vocab-size is missing: give it, or --tokenizer-type"),
         ((*MODEL, "--optimizer", "sgd"), "--optimizer sgd: not forecast; plan without it"),

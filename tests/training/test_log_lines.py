@@ -2,7 +2,10 @@
 
 import math
 
-from megatron_glm.training.log_lines import LogLine, read_line, read_losses
+import pytest
+
+from megatron_glm.errors import GLMError
+from megatron_glm.training.log_lines import LogLine, read_baseline, read_line, read_losses
 
 TRAIN = (
     " [2026-01-02 03:04:05.678901] iteration       20/     300 | consumed samples:          320 | "
@@ -51,3 +54,14 @@ def test_a_run_that_went_back_replaces_what_it_had_done():
     train, valid = read_losses(log)
     assert train == {"": {1: 5.0, 2: 4.5}}
     assert valid == {"": {}}
+
+
+def test_a_baseline_is_losses_by_objective(tmp_path):
+    path = tmp_path / "baseline.json"
+    path.write_text('{"[MASK]": 6.5}')
+    assert read_baseline(path) == {"[MASK]": 6.5}
+    # The last is a log, given in its place.
+    for text in ("{}", "[]", "[6.5]", '{"[MASK]": "6.5"}', "{}{}", TRAIN):
+        path.write_text(text)
+        with pytest.raises(GLMError, match="^--baseline .*json: .*give what tools/measure_unigram"):
+            read_baseline(path)
