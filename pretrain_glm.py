@@ -103,10 +103,11 @@ def model_config_from_args(args: Namespace) -> GLMModelConfig:
 def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple:
     """Train, validation and test datasets, on every rank and for every virtual stage."""
     args = get_args()
-    check_samples_left(args, num_samples[0])
-    datasets = train_valid_test_datasets(
-        dataset_config_from_args(args, get_tokenizer()), num_samples
-    )
+    with exit_with_one_line(rank=args.rank, local_rank=args.local_rank):
+        check_samples_left(args, num_samples[0])
+        datasets = train_valid_test_datasets(
+            dataset_config_from_args(args, get_tokenizer()), num_samples
+        )
     if datasets[0] is not None:
         args.mix_state = datasets[0].mix.state_dict()
     return datasets
@@ -198,6 +199,8 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple:
 
 def main() -> None:
     args = parse_glm_args(tokenizer_from_args)
+    with exit_with_one_line(rank=args.rank, local_rank=args.local_rank):
+        model_config = model_config_from_args(args)
     if args.rank == 0:
         print(f"patches applied: {', '.join(patches.apply())}", flush=True)
     provide_fused_optimizer()
@@ -215,7 +218,7 @@ def main() -> None:
         schedule_mismatch_in_words(args.load),
     ):
         pretrain(
-            pretrain_cfg_container_from_args(args, model_config_from_args(args)),
+            pretrain_cfg_container_from_args(args, model_config),
             datasets_provider,
             ModelType.encoder_or_decoder,
             forward_step,

@@ -172,7 +172,7 @@ def parse_glm_args(build_tokenizer: Callable[[Namespace], Any]) -> Namespace:
 
     args = parse_args(add_glm_arguments)
     # Megatron says by assertions what is wrong with a flag.
-    with exit_with_one_line(AssertionError, rank=args.rank):
+    with exit_with_one_line(AssertionError, rank=args.rank, local_rank=args.local_rank):
         check_flags(args)
         check_start(args)
         has_gpu()

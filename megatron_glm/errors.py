@@ -21,14 +21,15 @@ class GLMError(ValueError):
 
 @contextmanager
 def exit_with_one_line(
-    *more: type[Exception], rank: int = 0, after_interrupt: str = ""
+    *more: type[Exception], rank: int = 0, local_rank: int = 0, after_interrupt: str = ""
 ) -> Iterator[None]:
     """Ends the program with one line on standard error and exit status 2 where the user can cure
     the error: a GLMError, or an OSError that names a file. Ctrl-C ends it with 130, and quietly
     with 141 where the reader of standard output has gone, as `head` does.
 
     more: exceptions beside these, by which a library refuses flags: alike on every rank. rank: of
-    this process in a run. after_interrupt: what to do after Ctrl-C.
+    this process in a run. local_rank: of it on its machine, given where all ranks of a machine do
+    the same with the same files: the first of them speaks. after_interrupt: what to do after Ctrl-C.
     """
     program = os.path.basename(sys.argv[0])
     try:
@@ -49,7 +50,7 @@ def exit_with_one_line(
             raise
         if rank == 0:
             print(f"{program}: error: {message}", file=sys.stderr, flush=True)
-        elif not getattr(error, "is_everywhere", isinstance(error, more)):
+        elif local_rank == 0 and not getattr(error, "is_everywhere", isinstance(error, more)):
             print(f"rank {rank}: {program}: error: {message}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
 

@@ -54,9 +54,12 @@ def test_ctrl_c_is_one_line_and_the_status_of_a_shell(capsys):
     )
 
 
-def test_a_rank_that_fails_alone_is_heard_and_flags_are_spoken_of_once(capsys):
+def test_a_rank_or_machine_that_fails_alone_is_heard_and_flags_are_spoken_of_once(capsys):
     error = GLMError("data.bin: no such file")
     assert ending(capsys, error, rank=5) == (2, "rank 5: tool.py: error: data.bin: no such file\n")
+    assert ending(capsys, error, rank=8, local_rank=0)[1].startswith("rank 8: ")
+    for alike in (error, FileNotFoundError(errno.ENOENT, "No such file or directory", "a.json")):
+        assert ending(capsys, alike, rank=5, local_rank=5) == (2, "")
     assert ending(capsys, FlagError("--swiglu: drop it"), rank=5) == (2, "")
     with pytest.raises(SystemExit), exit_with_one_line(AssertionError, rank=5):
         raise AssertionError("batch sizes do not fit")

@@ -65,6 +65,12 @@ class CheckpointMismatchError(GLMError):
     """A checkpoint was made with settings that differ from the flags."""
 
 
+class ScheduleMismatchError(CheckpointMismatchError):
+    """It was made with another schedule, as all ranks find that have agreed to load it."""
+
+    is_everywhere = True
+
+
 def current_settings(args: Namespace) -> dict:
     """The settings of this run, as they go into `args.glm_settings` and so into checkpoints."""
     return {setting.dest: getattr(args, setting.dest) for setting in SETTINGS}
@@ -133,7 +139,7 @@ def check_checkpoints(args: Namespace) -> None:
 @contextlib.contextmanager
 def schedule_mismatch_in_words(directory: str | None) -> Iterator[None]:
     """Turns Megatron's assertion about the learning-rate schedule of a checkpoint in `directory`
-    into a CheckpointMismatchError that says how to go on."""
+    into a ScheduleMismatchError that says how to go on."""
     try:
         yield
     except AssertionError as error:
@@ -141,7 +147,7 @@ def schedule_mismatch_in_words(directory: str | None) -> Iterator[None]:
         if match is None:
             raise
         here, there, name = match.groups()
-        raise CheckpointMismatchError(
+        raise ScheduleMismatchError(
             f"{directory} was saved with another schedule: {_SCHEDULE_FLAGS.get(name, name)} "
             f"{there} there, {here} here; give --override-opt-param-scheduler to go on by the "
             "flags, or --use-checkpoint-opt-param-scheduler by what was stored"
