@@ -28,8 +28,8 @@ def exit_with_one_line(
     with 141 where the reader of standard output has gone, as `head` does.
 
     more: exceptions beside these, by which a library refuses flags: alike on every rank. rank: of
-    this process in a run. local_rank: of it on its machine, given where all ranks of a machine do
-    the same with the same files: the first of them speaks. after_interrupt: what to do after Ctrl-C.
+    this process in a run. local_rank: of it on its machine, given where all of a machine's do the
+    same with the same files: the first of them speaks. after_interrupt: what to do after Ctrl-C.
     """
     program = os.path.basename(sys.argv[0])
     try:
