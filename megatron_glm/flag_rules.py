@@ -342,6 +342,11 @@ def check_start(args: Namespace) -> None:
         raise FlagError("--train-iters is missing: give the steps of the run, or --train-samples")
     if args.lr is None and not args.skip_train:
         raise FlagError("--lr is missing: give the highest learning rate")
+    if args.wandb_project and not (args.save or args.wandb_save_dir):
+        raise FlagError(
+            f"--wandb-project {args.wandb_project}: needs --wandb-save-dir, or --save, into which "
+            "it writes too"
+        )
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     if args.world_size % (tp * pp):
         raise FlagError(

@@ -213,6 +213,8 @@ def test_a_missing_flag_is_named(parser, missing):
     ({"lr": None, "skip_train": True}, None),
     ({"seq_length": None}, "--seq-length is missing"), ({"lr": None}, "--lr is missing"),
     ({"train_iters": None}, "--train-iters is missing"),
+    ({"wandb_project": "a"}, "--wandb-project a: needs --wandb-save-dir, or --save"),
+    ({"wandb_project": "a", "save": "b"}, None),
     ({"world_size": 8}, "--tensor-model-parallel-size 2 x --pipeline-model-parallel-size 3: must "
                         "divide the 8 ranks"),
 ], ids=str)  # fmt: skip
