@@ -117,7 +117,7 @@ def add_glm_arguments(parser: ArgumentParser) -> ArgumentParser:
     for action in own:
         if "default" not in action.help.lower():
             action.help += " Default: %(default)s."
-    _extend_choices(parser)
+    _say_what_is_different(parser)
     parser.usage = "%(prog)s FLAGS"
     parser.error = partial(_refuse, parser)
     defaults = dict(DEFAULTS)
@@ -186,11 +186,16 @@ def parse_glm_args(build_tokenizer: Callable[[Namespace], Any]) -> Namespace:
     return args
 
 
-def _extend_choices(parser: ArgumentParser) -> None:
-    for action in parser._actions:
-        if action.dest == "tokenizer_type":
-            action.choices = list(TOKENIZER_TYPES)
-            action.help = "Kind of tokenizer; must be the one that the data was made with."
+def _say_what_is_different(parser: ArgumentParser) -> None:
+    actions = {action.dest: action for action in parser._actions}
+    actions["tokenizer_type"].choices = list(TOKENIZER_TYPES)
+    actions["tokenizer_type"].help = (
+        "Kind of tokenizer; must be the one that the data was made with."
+    )
+    actions["init_method_std"].help = (
+        "Standard deviation of the initial word embeddings. That of every other matrix is "
+        "DeepNorm's, which follows from its sizes. Default: %(default)s."
+    )
 
 
 def _refuse(parser: ArgumentParser, message: str) -> NoReturn:

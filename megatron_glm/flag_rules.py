@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_glm.errors import GLMError
+from megatron_glm.fixed_flags import RULES
 from megatron_glm.model.attention.backends import BACKENDS
 
 
@@ -16,118 +17,6 @@ class FlagError(GLMError):
     """A flag, or a pair of flags, that GLM cannot honour."""
 
     is_everywhere = True
-
-
-class Rule(NamedTuple):
-    """A Megatron flag that may have one value only under GLM."""
-
-    dest: str
-    flag: str
-    allowed: tuple
-    why: str
-
-
-_ONE_ACTIVATION = "the MLP is GeGLU with the exact GELU; drop the flag (--glu-activation geglu)"
-_ONE_POSITION = "positions are rotary by position id, over the whole head; drop the flag"
-_ONE_NORM = "the norm is DeepNorm's LayerNorm with weight, bias and epsilon 1e-5; drop the flag"
-_DENSE_ONLY = "GLM is a dense transformer with plain multi-head attention; drop the flag"
-_FEW_BITS = "no GLM has been shown yet to train in 8 or 4 bits as well as in 16; drop the flag"
-_UNTRIED = "its communication has never been tried with GLM's layer; drop the flag"
-_OBJECTIVE = "the blank-infilling dataset does not read it; drop the flag"
-
-RULES: tuple[Rule, ...] = (
-    Rule("swiglu", "--swiglu", (False,), _ONE_ACTIVATION),
-    Rule("quick_geglu", "--quick-geglu", (False,), _ONE_ACTIVATION),
-    Rule("squared_relu", "--squared-relu", (False,), _ONE_ACTIVATION),
-    Rule("openai_gelu", "--openai-gelu", (False,), _ONE_ACTIVATION),
-    Rule("activation_func_clamp_value", "--activation-func-clamp-value", (None,), _ONE_ACTIVATION),
-    Rule("glu_linear_offset", "--glu-linear-offset", (0.0,), _ONE_ACTIVATION),
-    Rule("use_te_activation_func", "--use-te-activation-func", (False,), _ONE_ACTIVATION),
-    Rule("position_embedding_type", "--position-embedding-type", ("none",),
-         "GLM's rotary positions are its own, by position id; leave it at none"),
-    Rule("use_rotary_position_embeddings", "--use-rotary-position-embeddings", (False,),
-         _ONE_POSITION),
-    Rule("rotary_interleaved", "--rotary-interleaved", (False,), _ONE_POSITION),
-    Rule("rotary_percent", "--rotary-percent", (1.0,), _ONE_POSITION),
-    Rule("use_rope_scaling", "--use-rope-scaling", (False,), _ONE_POSITION),
-    Rule("rotary_seq_len_interpolation_factor", "--rotary-seq-len-interpolation-factor", (None,),
-         _ONE_POSITION),
-    Rule("no_rope_freq", "--no-rope-freq", (None,), _ONE_POSITION),
-    Rule("normalization", "--normalization", ("LayerNorm",), _ONE_NORM),
-    Rule("layernorm_epsilon", "--norm-epsilon", (1e-5,), _ONE_NORM),
-    Rule("layernorm_zero_centered_gamma", "--apply-layernorm-1p", (False,), _ONE_NORM),
-    Rule("fused_residual_rmsnorm", "--fused-residual-rmsnorm", (False,), _ONE_NORM),
-    Rule("qk_layernorm", "--qk-layernorm", (False,), _ONE_NORM),
-    Rule("qk_l2_norm", "--qk-l2-norm", (False,), _ONE_NORM),
-    Rule("qk_clip", "--qk-clip", (False,), _DENSE_ONLY),
-    Rule("fp32_residual_connection", "--fp32-residual-connection", (False,),
-         "the residual is the output of the norm, in the norm's dtype; drop the flag"),
-    Rule("add_bias_linear", "--disable-bias-linear", (True,),
-         "every linear of GLM has a bias; drop the flag"),
-    Rule("untie_embeddings_and_output_weights", "--untie-embeddings-and-output-weights", (False,),
-         "GLM's logits use the word embedding; drop the flag"),
-    Rule("init_method_xavier_uniform", "--init-method-xavier-uniform", (False,),
-         "DeepNorm has its own initialisation; drop the flag"),
-    Rule("use_mup", "--use-mup", (False,), "DeepNorm has its own initialisation; drop the flag"),
-    Rule("group_query_attention", "--group-query-attention", (False,), _DENSE_ONLY),
-    Rule("attention_output_gate", "--attention-output-gate", (False,), _DENSE_ONLY),
-    Rule("softmax_type", "--softmax-type", ("vanilla",), _DENSE_ONLY),
-    Rule("window_size", "--window-size", (None,), _DENSE_ONLY),
-    Rule("multi_latent_attention", "--multi-latent-attention", (False,), _DENSE_ONLY),
-    Rule("experimental_attention_variant", "--experimental-attention-variant", (None,),
-         _DENSE_ONLY),
-    Rule("heterogeneous_layers_config_path", "--heterogeneous-layers-config-path", (None,),
-         _DENSE_ONLY),
-    Rule("num_experts", "--num-experts", (None,), _DENSE_ONLY),
-    Rule("mtp_num_layers", "--mtp-num-layers", (None, 0), _DENSE_ONLY),
-    Rule("hybrid_layer_pattern", "--hybrid-layer-pattern", (None,), _DENSE_ONLY),
-    Rule("spec", "--spec", (None,), "the layer is GLM's; drop the flag"),
-    Rule("transformer_impl", "--transformer-impl", ("local", "transformer_engine"),
-         "a layer is made of Megatron's or Transformer Engine's linears; choose one of the two"),
-    Rule("use_transformer_engine_op_fuser", "--use-transformer-engine-op-fuser", (False,),
-         _ONE_ACTIVATION),
-    Rule("tensor_parallel_num_weight_shards", "--tensor-parallel-num-weight-shards", (None,),
-         "it cuts through heads, which DeepNorm's initialisation needs whole; use --tensor-model-"
-         "parallel-size, and --use-distributed-optimizer for the optimizer's share"),
-    Rule("tp_comm_overlap", "--tp-comm-overlap", (False,), _UNTRIED),
-    Rule("symmetric_ar_type", "--symmetric-ar-type", (None,), _UNTRIED),
-    Rule("delay_wgrad_compute", "--delay-wgrad-compute", (False,), _DENSE_ONLY),
-    Rule("cpu_offloading_num_layers", "--cpu-offloading-num-layers", (0,),
-         "it moves what Transformer Engine's own attention and norms keep, which GLM does not use; "
-         "use --recompute-granularity"),
-    Rule("context_parallel_size", "--context-parallel-size", (1,),
-         "context parallelism is not supported yet: it assumes a causal mask; use --tensor-model-"
-         "parallel-size with --sequence-parallel for long sequences"),
-    Rule("cross_entropy_loss_fusion", "--cross-entropy-loss-fusion", (False,),
-         "it rounds the gradients of the logits to bf16 even in fp32; drop the flag"),
-    Rule("cuda_graph_impl", "--cuda-graph-impl", ("none",),
-         "Megatron's CUDA graphs make an s x s causal mask; drop the flag"),
-    Rule("fine_grained_activation_offloading", "--fine-grained-activation-offloading", (False,),
-         "it cuts the layer between a residual connection and its norm, which are one; drop the "
-         "flag, or use --recompute-granularity"),
-    Rule("defer_embedding_wgrad_compute", "--defer-embedding-wgrad-compute", (False,),
-         "it goes around the embedding gradient shrink; drop the flag"),
-    Rule("use_megatron_fsdp", "--use-megatron-fsdp", (False,),
-         "the embedding gradient shrink is not proven under FSDP; use --use-distributed-optimizer"),
-    Rule("use_torch_fsdp2", "--use-torch-fsdp2", (False,),
-         "the embedding gradient shrink is not proven under FSDP; use --use-distributed-optimizer"),
-    Rule("fp8", "--fp8-format", (None,), _FEW_BITS),
-    Rule("fp4", "--fp4-format", (None,), _FEW_BITS),
-    Rule("te_precision_config_file", "--te-precision-config-file", (None,), _FEW_BITS),
-    Rule("reset_position_ids", "--reset-position-ids", (False,), _OBJECTIVE),
-    Rule("eod_mask_loss", "--eod-mask-loss", (False,), _OBJECTIVE),
-    Rule("fim_data", "--fim-data", (False,), _OBJECTIVE),
-    Rule("sft", "--sft", (False,), _OBJECTIVE),
-    Rule("dataloader_inter_document_masking", "--dataloader-inter-document-masking", (False,),
-         "keep documents apart with --reset-attention-mask"),
-    Rule("mock_data", "--mock-data", (False,),
-         "Megatron's mock samples have no blanks; make a small corpus with tools/gather_text.py"),
-    Rule("per_dataset_sequences_path", "--per-dataset-sequences-path", (None,), _OBJECTIVE),
-    Rule("iterations_to_skip", "--iterations-to-skip", ([],),
-         "it knows the batches of GPT only; go back with --ckpt-step and another --seed instead"),
-    Rule("yaml_cfg", "--yaml-cfg", (None,), "GLM's settings are flags; pass them as such"),
-)
-
 
 
 class Range(NamedTuple):
@@ -145,10 +34,43 @@ RANGES: tuple[Range, ...] = (
            "eval_interval", "save_interval", "seed")),
     Range("must be 0 or more", lambda value: value >= 0,
           ("lr", "min_lr", "weight_decay", "clip_grad", "eval_iters", "num_workers",
-           "lr_warmup_iters", "lr_warmup_samples")),
+           "lr_warmup_iters", "lr_warmup_samples", "lr_warmup_init", "decoupled_lr",
+           "decoupled_min_lr")),
     Range("must be at least 0 and less than 1", lambda value: 0 <= value < 1,
-          ("hidden_dropout", "attention_dropout", "adam_beta1", "adam_beta2")),
+          ("hidden_dropout", "attention_dropout", "adam_beta1", "adam_beta2",
+           "lr_warmup_fraction")),
 )  # fmt: skip
+
+
+class Need(NamedTuple):
+    """A flag that does nothing, without a word, where another is not given."""
+
+    dest: str
+    other: str
+    is_given: Callable[[Namespace], bool]
+
+
+def _is_selective(args: Namespace) -> bool:
+    return args.recompute_granularity == "selective" or args.recompute_activations
+
+
+def _is_full(args: Namespace) -> bool:
+    return args.recompute_granularity == "full"
+
+
+def _is_wsd(args: Namespace) -> bool:
+    return args.lr_decay_style == "WSD"
+
+
+NEEDS: tuple[Need, ...] = (
+    Need("recompute_modules", "--recompute-granularity selective", _is_selective),
+    Need("recompute_method", "--recompute-granularity full", _is_full),
+    Need("recompute_num_layers", "--recompute-granularity full", _is_full),
+    Need("lr_wsd_decay_iters", "--lr-decay-style WSD", _is_wsd),
+    Need("lr_wsd_decay_samples", "--lr-decay-style WSD", _is_wsd),
+    Need("decoupled_min_lr", "--decoupled-lr", lambda args: args.decoupled_lr is not None),
+    Need("grad_reduce_in_bf16", "--bf16", lambda args: args.bf16),
+)
 
 TOKENIZER = ("tokenizer_type", "tokenizer_model")
 MODEL_SIZE = ("num_layers", "hidden_size", "num_attention_heads", "seq_length")
@@ -159,6 +81,7 @@ REQUIRED = {
 }
 """Flags without a default, and what to give. Of most, Megatron asserts a variable in no words."""
 
+RECOMPUTED = ("core_attn", "mlp")
 RECOMPUTE_REFUSED = {"layernorm": "it frees the norm's output, which is GLM's residual"}
 
 
@@ -173,8 +96,12 @@ def check_flags(args: Namespace) -> None:
             value = getattr(args, dest)
             if value is not None and not holds(value):
                 raise FlagError(f"--{dest.replace('_', '-')} {value}: {rule}")
-    if args.lr is not None and args.min_lr > args.lr:
-        raise FlagError(f"--min-lr {args.min_lr}: must be at most --lr {args.lr}")
+    for dest, other, is_given in NEEDS:
+        value = getattr(args, dest)
+        if value and not is_given(args):
+            flag = f"--{dest.replace('_', '-')} {_show(value)}".rstrip()
+            raise FlagError(f"{flag}: does nothing without {other}; add that or drop the flag")
+    _check_rates(args)
     _check_recomputation(args)
     if args.use_precision_aware_optimizer:
         if not args.use_distributed_optimizer:
@@ -206,6 +133,11 @@ def check_flags(args: Namespace) -> None:
         raise FlagError(
             "--use-cpu-initialization: Megatron leaves a model built so on the CPU; drop the flag"
         )
+    if not args.bias_dropout_fusion and args.glm_fused_kernels:
+        raise FlagError(
+            "--no-bias-dropout-fusion: on a GPU bias, dropout and residual are one of GLM's own "
+            "kernels; add --no-glm-fused-kernels or drop the flag"
+        )
     if args.hidden_size and args.num_attention_heads and args.kv_channels is None:
         if args.hidden_size % (2 * args.num_attention_heads):
             raise FlagError(
@@ -213,6 +145,24 @@ def check_flags(args: Namespace) -> None:
                 f"{args.num_attention_heads}: the head dimension must be an even integer (rotary "
                 "positions turn pairs)"
             )
+    elif args.kv_channels is not None and args.kv_channels % 2:
+        raise FlagError(
+            f"--kv-channels {args.kv_channels}: must be even (rotary positions turn pairs)"
+        )
+
+
+def _check_rates(args: Namespace) -> None:
+    for dest in ("min_lr", "lr_warmup_init"):
+        if args.lr is not None and getattr(args, dest) > args.lr:
+            raise FlagError(
+                f"--{dest.replace('_', '-')} {getattr(args, dest)}: must be at most --lr {args.lr}"
+            )
+    lowest = args.min_lr if args.decoupled_min_lr is None else args.decoupled_min_lr
+    if args.decoupled_lr is not None and lowest > args.decoupled_lr:
+        raise FlagError(
+            f"--decoupled-lr {args.decoupled_lr}: must be at least {lowest}, to which it goes; "
+            "give a smaller --decoupled-min-lr (--min-lr, where that is not given)"
+        )
 
 
 def _check_schedule(args: Namespace) -> None:
@@ -221,13 +171,18 @@ def _check_schedule(args: Namespace) -> None:
             f"--train-samples {args.train_samples} with --train-iters {args.train_iters}: give one"
         )
     for unit, other in (("iters", "samples"), ("samples", "iters")):
-        for flag in ("lr_decay", "lr_warmup"):
+        for flag in ("lr_decay", "lr_warmup", "lr_wsd_decay"):
             value = getattr(args, f"{flag}_{other}")
             if value and getattr(args, f"train_{unit}"):
                 flag = f"--{flag.replace('_', '-')}"
                 raise FlagError(
                     f"{flag}-{other} {value} with --train-{unit}: a schedule counts in one unit; "
                     f"give {flag}-{unit}"
+                )
+        if getattr(args, f"train_{unit}") and _is_wsd(args):
+            if not getattr(args, f"lr_wsd_decay_{unit}"):
+                raise FlagError(
+                    f"--lr-decay-style WSD: needs --lr-wsd-decay-{unit}, in which the rate falls"
                 )
         warmup = getattr(args, f"lr_warmup_{unit}")
         decay = getattr(args, f"lr_decay_{unit}") or getattr(args, f"train_{unit}")
@@ -241,10 +196,11 @@ def _check_schedule(args: Namespace) -> None:
 def _check_recomputation(args: Namespace) -> None:
     own = "--glm-recompute-norms-and-geglu"
     for module in args.recompute_modules or ():
-        if module in RECOMPUTE_REFUSED:
+        if module not in RECOMPUTED:
+            why = RECOMPUTE_REFUSED.get(module, "GLM's layer has none")
             raise FlagError(
-                f"--recompute-modules {module}: {RECOMPUTE_REFUSED[module]}; use {own} for norms, "
-                "core_attn or mlp, or --recompute-granularity full"
+                f"--recompute-modules {module}: {why}; use {own} for norms, "
+                f"{' or '.join(RECOMPUTED)}, or --recompute-granularity full"
             )
     if args.recompute_granularity == "full":
         if args.glm_recompute_norms_and_geglu:
@@ -252,10 +208,10 @@ def _check_recomputation(args: Namespace) -> None:
                 f"{own} with --recompute-granularity full: that recomputes them with all the rest; "
                 "drop either"
             )
-        if args.recompute_method is None:
+        if args.recompute_method is None or not args.recompute_num_layers:
             raise FlagError(
-                "--recompute-granularity full: needs --recompute-method uniform, or block with "
-                "--recompute-num-layers for a part of the layers"
+                "--recompute-granularity full: needs --recompute-method uniform and "
+                "--recompute-num-layers 1, or block and as many layers of a stage as shall be"
             )
     if not args.glm_recompute_norms_and_geglu:
         return

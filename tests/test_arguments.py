@@ -12,10 +12,11 @@ from megatron_glm.arguments import (
     fill_derived,
     pin_padded_vocab_size,
 )
+from megatron_glm.fixed_flags import RULES
 from megatron_glm.flag_rules import (
+    NEEDS,
     RANGES,
     REQUIRED,
-    RULES,
     FlagError,
     check_flags,
     check_required,
@@ -95,7 +96,32 @@ def test_every_rule_refuses_by_name(parser, rule):
         (["--position-embedding-type", "rope"], "--position-embedding-type rope"),
         (["--norm-epsilon", "1e-6"], "--norm-epsilon 1e-06"),
         (["--context-parallel-size", "2"], "--context-parallel-size 2"),
-        (["--recompute-modules", "layernorm"], "--recompute-modules layernorm"),
+        (["--attention-backend", "flash"],
+         "--attention-backend AttnBackend.flash: .* choose by --glm-attention-backend"),
+        (["--embedding-init-method-std", "1"], "--embedding-init-method-std 1.0: --init-"),
+        (["--freeze-all-layers"], "--freeze-all-layers : .* would train all layers"),
+        (["--enable-cuda-graph"], "--enable-cuda-graph : .* s x s causal mask"),
+        (["--no-bias-dropout-fusion"],
+         "--no-bias-dropout-fusion: .* add --no-glm-fused-kernels or drop the flag"),
+        (["--kv-channels", "15"], "--kv-channels 15: must be even"),
+        (["--recompute-modules", "mlp"],
+         r"--recompute-modules \['mlp'\]: does nothing without --recompute-granularity selective"),
+        (["--recompute-method", "uniform"],
+         "--recompute-method uniform: does nothing without --recompute-granularity full"),
+        (["--lr-wsd-decay-iters", "5"], "--lr-wsd-decay-iters 5: does nothing without --lr-"),
+        (["--grad-reduce-in-bf16", "--fp16"], "--grad-reduce-in-bf16: does nothing without --bf"),
+        (["--recompute-modules", "layernorm", "--recompute-granularity", "selective"],
+         "--recompute-modules layernorm: it frees the norm's output"),
+        (["--recompute-modules", "moe", "--recompute-activations"],
+         "--recompute-modules moe: GLM's layer has none; use .*, core_attn or mlp"),
+        (["--recompute-granularity", "full", "--recompute-method", "uniform"],
+         "--recompute-granularity full: needs --recompute-method uniform and --recompute-num-la"),
+        (["--lr", "1e-4", "--lr-warmup-init", "1e-3"],
+         "--lr-warmup-init 0.001: must be at most --lr 0.0001"),
+        (["--decoupled-lr", "1e-5", "--min-lr", "1e-4"],
+         "--decoupled-lr 1e-05: must be at least 0.0001, to which it goes"),
+        (["--train-iters", "9", "--lr-decay-style", "WSD"],
+         "--lr-decay-style WSD: needs --lr-wsd-decay-iters"),
         (["--glm-recompute-norms-and-geglu", "--recompute-granularity", "full"],
          "--glm-recompute-norms-and-geglu with --recompute-granularity full: .*; drop either"),
         (["--glm-recompute-norms-and-geglu", "--transformer-impl", "transformer_engine"],
@@ -143,11 +169,16 @@ def test_what_cannot_be_parsed_is_one_line(parser, flags, line, capsys):
     assert capsys.readouterr().err == error
 
 
-def test_ranges_name_flags_that_megatron_has(parser):
+def test_ranges_and_needs_name_flags_that_megatron_has(parser):
     flags = {option: action.dest for action in parser._actions for option in action.option_strings}
-    for _, _, dests in RANGES:
-        for dest in dests:
-            assert flags[f"--{dest.replace('_', '-')}"] == dest
+    for dest in (*(need.dest for need in NEEDS), *(dest for _, _, ds in RANGES for dest in ds)):
+        assert flags[f"--{dest.replace('_', '-')}"] == dest
+    assert {need.other.split()[0] for need in NEEDS} <= flags.keys()
+
+
+def test_only_embeddings_have_the_standard_deviation_of_a_flag(parser):
+    help_text = " ".join(parser.format_help().split())
+    assert "Standard deviation of the initial word embeddings." in help_text
 
 
 @pytest.mark.parametrize("flags, named", [
@@ -177,7 +208,11 @@ def test_a_value_out_of_its_range_is_refused(parser, flags, named):
 @pytest.mark.parametrize("flags", [
     ["--data-path", "a"], ["--data-path", "a", "b"], ["--data-path", "0.3", "a", "2", "b"],
     ["--split", "8,1,1"], ["--split", "99.5,0.5"], ["--split", "0,1,0", "--skip-train"],
-    ["--lr", "0", "--min-lr", "0"], ["--clip-grad", "0"], ["--eval-iters", "0"],
+    ["--lr", "0", "--min-lr", "0"], ["--recompute-activations", "--recompute-modules", "mlp"],
+    ["--decoupled-lr", "1e-5", "--decoupled-min-lr", "0", "--min-lr", "1e-4", "--lr", "1e-3"],
+    ["--train-iters", "9", "--lr-decay-style", "WSD", "--lr-wsd-decay-iters", "3"],
+    ["--no-bias-dropout-fusion", "--no-glm-fused-kernels"], ["--bf16", "--grad-reduce-in-bf16"],
+    ["--clip-grad", "0"], ["--eval-iters", "0"],
 ], ids=" ".join)  # fmt: skip
 def test_a_value_at_the_edge_of_its_range_passes(parser, flags):
     parse(parser, *flags)

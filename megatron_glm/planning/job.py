@@ -28,6 +28,7 @@ NOT_FORECAST = {
     "expert_model_parallel_size": 1,
     "num_distributed_optimizer_instances": 1,
     "nccl_ub": False,
+    "mlp_chunks_for_training": 1,
 }
 RECOMPUTE_MODULES = ("core_attn", "mlp")
 """Of --recompute-modules, those that are forecast."""
