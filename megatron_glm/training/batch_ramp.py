@@ -1,29 +1,53 @@
-"""--rampup-batch-size as the schedule that Megatron reads."""
+"""--rampup-batch-size and --step-batch-size-schedule as the schedule that Megatron reads."""
 
+import logging
 from argparse import Namespace
 from bisect import bisect
+from itertools import pairwise
+
+from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
 from megatron_glm.flag_rules import FlagError
 
 
 def ramp_batch_size(args: Namespace) -> None:
-    """Fills in `args.step_batch_size_schedule` where a ramp is asked for.
+    """Settles the schedule of batch sizes where one is asked for, and ends the run by a whole step.
 
     Megatron parses --rampup-batch-size, and trains with the last batch size from the first step on.
-    FlagError where the ramp cannot be gone, on these ranks or at all.
+    With --step-batch-size-schedule it begins a last step, and finds no samples for it.
+    FlagError where the batch cannot grow so, on these ranks or at all.
     """
-    if not args.rampup_batch_size:
+    models = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    if args.rampup_batch_size:
+        schedule = _read_ramp(args, args.micro_batch_size * (args.world_size // models))
+    elif args.step_batch_size_schedule:
+        schedule = _read_steps(args, args.micro_batch_size * (args.world_size // models))
+    else:
         return
+    # In tokens.
+    args.step_batch_size_schedule = " ".join(
+        f"{begin * args.seq_length}:{size}" for begin, size in schedule
+    )
+    args.train_samples = samples_of_whole_steps(schedule, args.train_samples)
+    # Beside a schedule Megatron refuses what was given as --global-batch-size, but needs the value,
+    # and refuses to round.
+    args.global_batch_size = schedule[-1][1]
+    args._is_global_batch_size_explicitly_specified = False
+    args.decrease_batch_size_if_needed = False
+    # A line for each size, 168 for GLM-130B; every report of a run has its batch size.
+    logging.getLogger("megatron.core.num_microbatches_calculator").setLevel(logging.WARNING)
+
+
+def _read_ramp(args: Namespace, whole: int) -> list[tuple[int, int]]:
+    """whole: what batches are made of, the micro-batches of all data parallel ranks."""
     start, increment, samples = map(int, args.rampup_batch_size)
     last = args.global_batch_size
     flag = f"--rampup-batch-size {start} {increment} {samples}"
-    if last is None or not args.train_samples:
+    if last is None or not args.train_samples or args.step_batch_size_schedule:
         raise FlagError(
             f"{flag}: needs --global-batch-size, where it ends, and --train-samples, in which it "
-            "counts, in place of --train-iters"
+            "counts, in place of --train-iters and --step-batch-size-schedule"
         )
-    models = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
-    whole = args.micro_batch_size * (args.world_size // models)
     if not (whole <= start < last <= samples and 0 < increment and (last - start) % increment == 0):
         raise FlagError(
             f"{flag}: must reach --global-batch-size {last} in whole increments over at least as "
@@ -34,20 +58,38 @@ def ramp_batch_size(args: Namespace) -> None:
             f"{flag}: must have batches divisible by {whole}, --micro-batch-size x the data "
             "parallel ranks; give others, or --decrease-batch-size-if-needed, which rounds them"
         )
-    schedule = [
+    return [
         (begin, size // whole * whole)
         for begin, size in schedule_of_ramp(start, increment, samples, last)
     ]
-    # In tokens.
-    args.step_batch_size_schedule = " ".join(
-        f"{begin * args.seq_length}:{size}" for begin, size in schedule
-    )
-    # Megatron would begin a last step, and find no samples for it.
-    args.train_samples = samples_of_whole_steps(schedule, args.train_samples)
-    # Beside a schedule Megatron refuses what was given as --global-batch-size, but needs the value,
-    # and refuses to round.
-    args._is_global_batch_size_explicitly_specified = False
-    args.decrease_batch_size_if_needed = False
+
+
+def _read_steps(args: Namespace, whole: int) -> list[tuple[int, int]]:
+    flag = f'--step-batch-size-schedule "{args.step_batch_size_schedule}"'
+    if args.global_batch_size is not None or not args.train_samples:
+        raise FlagError(
+            f"{flag}: needs --train-samples, in place of --train-iters, and no --global-batch-size"
+        )
+    try:
+        schedule = StepBatchsizeNumMicroBatchesCalculator._parse_schedule(
+            args.step_batch_size_schedule, args.seq_length
+        )
+        begins, sizes = zip(*schedule, strict=True)
+    except ValueError as error:
+        raise FlagError(
+            f"{flag}: must be pairs of tokens and batch size, like 0:768 250B:1536"
+        ) from error
+    if (
+        begins[0] != 0
+        or not all(a < b for a, b in pairwise(begins))
+        or not all(a < b for a, b in pairwise(sizes))
+        or any(size < whole or size % whole for size in sizes)
+    ):
+        raise FlagError(
+            f"{flag}: must begin at 0 and grow, with batches divisible by {whole}, "
+            "--micro-batch-size x the data parallel ranks"
+        )
+    return schedule
 
 
 def schedule_of_ramp(

@@ -1,5 +1,6 @@
-"""The batch grows as --rampup-batch-size says, over a resumption too."""
+"""The batch grows as a ramp or a schedule of steps says, over a resumption too."""
 
+import logging
 from argparse import Namespace
 
 import pytest
@@ -19,7 +20,8 @@ def batch_size(consumed: int, start: int, increment: int, samples: int, last: in
 @pytest.mark.parametrize("ramp", [
     (2, 2, 12, 8), (192, 24, 5493164, 4224), (8, 8, 1001, 64), (4, 4, 8, 8),
 ])  # fmt: skip
-def test_megatron_reads_the_ramp_in_the_schedule(ramp):
+def test_megatron_reads_the_ramp_in_the_schedule(ramp, caplog):
+    caplog.set_level(logging.INFO)
     samples = ramp[2]
     args = flags(rampup_batch_size=[str(number) for number in ramp[:3]], global_batch_size=ramp[3],
                  world_size=4, micro_batch_size=1, train_samples=3 * samples)  # fmt: skip
@@ -30,8 +32,9 @@ def test_megatron_reads_the_ramp_in_the_schedule(ramp):
     assert consumed == args.train_samples
     assert consumed <= 3 * samples < consumed + batch_size(consumed, *ramp)
     calculator = StepBatchsizeNumMicroBatchesCalculator(
-        1, 1, False, 1, args.step_batch_size_schedule, args.seq_length
+        1, 1, False, 0, args.step_batch_size_schedule, args.seq_length
     )
+    assert not caplog.records
     for consumed in {*range(0, 2 * samples, max(1, samples // 997)), samples - 1, samples}:
         calculator.update(consumed, consistency_check=False)
         assert calculator.get_current_global_batch_size() == batch_size(consumed, *ramp)
@@ -50,6 +53,9 @@ def test_without_a_ramp_nothing_changes():
     args = flags(rampup_batch_size=None)
     ramp_batch_size(args)
     assert args == flags(rampup_batch_size=None)
+
+
+def test_a_ramp_is_a_schedule_in_tokens():
     ramp_batch_size(args := flags())
     assert args.step_batch_size_schedule.startswith("0:16 544:24 ")
     assert args.global_batch_size == 64
@@ -74,6 +80,27 @@ def test_batches_that_the_ranks_cannot_share_are_rounded_down_on_request():
 def test_a_ramp_that_cannot_be_gone_is_refused(changes):
     with pytest.raises(FlagError, match="--rampup-batch-size [0-9 ]+: (needs|must)"):
         ramp_batch_size(flags(**changes))
+
+
+STEPS = {"rampup_batch_size": None, "global_batch_size": None}
+
+
+def test_a_schedule_in_tokens_ends_by_a_whole_step():
+    args = flags(**STEPS, step_batch_size_schedule="0:16 1K:24 2K:64")
+    ramp_batch_size(args)
+    # 1000 // 32 = 31 samples by batches of 16, then 62 by those of 24, then those of 64.
+    assert args.train_samples == 2 * 16 + 2 * 24 + 14 * 64
+    assert args.step_batch_size_schedule == "0:16 992:24 1984:64" and args.global_batch_size == 64
+
+
+@pytest.mark.parametrize("schedule, changes", [
+    ("0:16 1K:64", {"global_batch_size": 64}), ("0:16 1K:64", {"train_samples": None}),
+    ("16,64", {}), ("0:a", {}), ("", {"step_batch_size_schedule": " "}), ("1K:16", {}),
+    ("0:16 1K:8", {}), ("0:16 4:24 8:64", {}), ("0:16 1K:20", {"micro_batch_size": 4}),
+], ids=str)  # fmt: skip
+def test_a_schedule_that_cannot_be_gone_is_refused(schedule, changes):
+    with pytest.raises(FlagError, match="--step-batch-size-schedule .*: (needs|must)"):
+        ramp_batch_size(flags(**STEPS | {"step_batch_size_schedule": schedule} | changes))
 
 
 @pytest.mark.ranks
