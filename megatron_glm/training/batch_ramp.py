@@ -34,7 +34,7 @@ def ramp_batch_size(args: Namespace) -> None:
     args.global_batch_size = schedule[-1][1]
     args._is_global_batch_size_explicitly_specified = False
     args.decrease_batch_size_if_needed = False
-    # A line for each size, 168 for GLM-130B; every report of a run has its batch size.
+    # A line for each size, 169 for GLM-130B; every report of a run has its batch size.
     logging.getLogger("megatron.core.num_microbatches_calculator").setLevel(logging.WARNING)
 
 
