@@ -22,7 +22,7 @@ from megatron.core.parallel_state import (  # noqa: E402
     is_pipeline_first_stage,
 )
 from megatron.core.rerun_state_machine import get_rerun_state_machine  # noqa: E402
-from megatron.core.utils import unwrap_model  # noqa: E402
+from megatron.core.utils import StragglerDetector, unwrap_model  # noqa: E402
 from megatron.training import get_args, get_timers, pretrain, print_rank_0  # noqa: E402
 from megatron.training.argument_utils import (  # noqa: E402
     core_transformer_config_from_args,
@@ -65,6 +65,9 @@ from megatron_glm.training.settings import (  # noqa: E402
     schedule_mismatch_in_words,
 )
 from megatron_glm.training.split_adam import check_split_adam  # noqa: E402
+
+# Of --log-straggler. Megatron turns it on, and what is made once more turns it off.
+straggler_detector = StragglerDetector()
 
 
 def tokenizer_from_args(args: Namespace) -> GLMTokenizer:
@@ -175,14 +178,15 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple:
     glm.set_consumed_samples(args.consumed_train_samples)
 
     timers("batch-generator", log_level=2).start()
-    batch = next_batch(
-        data_iterator,
-        micro_batch_size=args.micro_batch_size if glm.training else args.eval_micro_batch_size,
-        seq_length=args.seq_length,
-        num_samples=args.max_samples_per_sequence,
-        device=next(glm.parameters()).device,
-        read_data=read_data(),
-    )
+    with straggler_detector(bdata=True):
+        batch = next_batch(
+            data_iterator,
+            micro_batch_size=args.micro_batch_size if glm.training else args.eval_micro_batch_size,
+            seq_length=args.seq_length,
+            num_samples=args.max_samples_per_sequence,
+            device=next(glm.parameters()).device,
+            read_data=read_data(),
+        )
     if not read_data().is_compared:
         # Before the first collective of tensor parallel ranks whose size follows the data.
         compare_read_data(get_tensor_model_parallel_group(), args.iteration + 1)
@@ -190,10 +194,11 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple:
     if glm.training and glm.pre_process:
         ledger().add(batch.objectives, batch.sources, batch.sample_ends, batch.loss_mask)
 
-    losses = model(
-        batch.tokens, batch.position_ids, batch.samples, labels=batch.labels,
-        target_rows=batch.target_rows if glm.post_process else None,
-    )  # fmt: skip
+    with straggler_detector:
+        losses = model(
+            batch.tokens, batch.position_ids, batch.samples, labels=batch.labels,
+            target_rows=batch.target_rows if glm.post_process else None,
+        )  # fmt: skip
     return losses, partial(loss_func, batch, glm.training)
 
 

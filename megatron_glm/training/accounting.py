@@ -1,10 +1,12 @@
-"""What Megatron's log says of operations and memory, counted for GLM.
+"""What Megatron's log says of operations, memory and loss scale, as they are in GLM.
 
 Megatron counts an MLP without a gate, 22% too few operations of GLM-130B, and two copies of the
-embedding; and it knows no kernels but its own.
+embedding; and it knows no kernels but its own. Of a loss scale it prints one decimal; GLM's is that
+of a sum over all targets of a step, and may lie below 0.05.
 """
 
 from argparse import Namespace
+from functools import wraps
 from typing import Any
 
 from megatron_glm.device import has_gpu
@@ -14,11 +16,27 @@ from megatron_glm.planning.operations import model_operations
 
 
 def count_as_glm() -> None:
-    """Has --log-throughput, --log-progress and the report of theoretical memory count so."""
+    """Has --log-throughput, --log-progress and the report of theoretical memory count so, and the
+    log say the whole loss scale."""
     from megatron.training import training
 
     training.num_floating_point_operations = operations_of_step
     training.report_theoretical_memory = report_theoretical_memory
+    log = training.training_log
+
+    @wraps(log)
+    def log_whole_scale(losses, totals, learning_rate, iteration, loss_scale, *args, **kwargs):
+        scale = WholeFloat(loss_scale)
+        return log(losses, totals, learning_rate, iteration, scale, *args, **kwargs)
+
+    training.training_log = log_whole_scale
+
+
+class WholeFloat(float):
+    """A float that prints all its digits, whatever format is asked for."""
+
+    def __format__(self, _: str) -> str:
+        return repr(float(self))
 
 
 def operations_of_step(args: Namespace, batch_size: int, **_: Any) -> int:

@@ -1,19 +1,26 @@
-"""What the log says of operations and memory is GLM's: one run on the null GPU, read back.
+"""What the log says of operations, memory, stragglers and loss scale is GLM's: runs, one of them on
+the null GPU, read back.
 
 The counts themselves: tests/planning/test_operations.py (against torch's) and test_on_null_gpu.py.
 """
 
+import contextlib
+import io
 import re
 from argparse import Namespace
 
 import pytest
 
 from megatron_glm.training.accounting import operations_of_step
+from megatron_glm.training.log_lines import read_line
 from tests.null_gpu import run_on_null_gpu
-from tests.training.pretraining import TINY
+from tests.ranks import run_ranks
+from tests.training.pretraining import TINY, pretrain_on_this_rank
 
 PROGRAM = """
 import torch, pretrain_glm
+for reading in ("temperature", "power_draw", "utilization", "clock_rate"):  # wants pynvml
+    setattr(torch.cuda, reading, lambda: 0)
 torch._dynamo.callback.on_compile_start(lambda arguments: print("a graph"))
 from megatron.training import get_args, training
 pretrain_glm.main()
@@ -33,7 +40,7 @@ def test_operations_are_those_of_the_paper():
 def test_a_log_says_them(corpus):
     flags = [
         *TINY, *corpus.flags, "--bf16", "--glm-attention-backend", "triton", "--train-iters", "3",
-        "--log-interval", "1", "--no-kernel-conformance-check",
+        "--log-interval", "1", "--no-kernel-conformance-check", "--log-straggler",
     ]  # fmt: skip
     done = run_on_null_gpu(PROGRAM, *flags)
     assert done.returncode == 0, done.stderr
@@ -46,5 +53,23 @@ def test_a_log_says_them(corpus):
                                  done.stdout))  # fmt: skip
     (taken,) = re.findall(r"after 2 iterations\) .*max allocated: ([\d.]+)", done.stdout)
     assert float(taken) == pytest.approx(float(forecast), rel=0.01)
+    # Of each step the rank's forward passes and the longest wait for a batch, in ms.
+    times = re.findall(r"MnRtt/Rnk: ([\d.]+)ms/0 .*MxDRtt/Rnk: ([\d.]+)ms/0", done.stdout)
+    assert len(times) == 3 and all(float(time) > 0 for pair in times for time in pair)
     # Megatron's warm-up of GPT's functions would compile some.
     assert "a graph" not in done.stdout
+
+
+def test_a_small_loss_scale_is_logged_whole(corpus):
+    """Megatron's line would say 0.0."""
+    flags = [*TINY, *corpus.flags, "--fp16", "--initial-loss-scale", "0.0078125",
+             "--train-iters", "3"]  # fmt: skip
+    (lines,) = run_ranks(lines_of_a_run, flags, world_size=1, initialize=False)
+    (line,) = filter(None, map(read_line, lines))
+    assert line.loss_scale == 2**-7
+
+
+def lines_of_a_run(flags: list[str]) -> list[str]:
+    with contextlib.redirect_stdout(io.StringIO()) as log:
+        pretrain_on_this_rank(flags)
+    return log.getvalue().splitlines()
