@@ -3,6 +3,7 @@ silence."""
 
 from argparse import Namespace
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from math import inf
 from typing import Any, NamedTuple
 
@@ -81,6 +82,9 @@ REQUIRED = {
 }
 """Flags without a default, and what to give. Of most, Megatron asserts a variable in no words."""
 
+READ_NVML = ("log_energy", "log_straggler", "log_device_memory_used")
+"""Flags whose figures come from a GPU's sensors."""
+
 RECOMPUTED = ("core_attn", "mlp")
 RECOMPUTE_REFUSED = {"layernorm": "it frees the norm's output, which is GLM's residual"}
 
@@ -102,6 +106,7 @@ def check_flags(args: Namespace) -> None:
             flag = f"--{dest.replace('_', '-')} {_show(value)}".rstrip()
             raise FlagError(f"{flag}: does nothing without {other}; add that or drop the flag")
     _check_rates(args)
+    _check_sensors(args)
     _check_recomputation(args)
     if args.use_precision_aware_optimizer:
         if not args.use_distributed_optimizer:
@@ -149,6 +154,18 @@ def check_flags(args: Namespace) -> None:
         raise FlagError(
             f"--kv-channels {args.kv_channels}: must be even (rotary positions turn pairs)"
         )
+
+
+def _check_sensors(args: Namespace) -> None:
+    for dest in READ_NVML:
+        if getattr(args, dest):
+            try:
+                import_module("pynvml")
+            except ImportError as error:
+                raise FlagError(
+                    f"--{dest.replace('_', '-')}: pynvml reads the sensors, without which Megatron "
+                    "logs 0 or ends at its first report; pip install nvidia-ml-py or drop the flag"
+                ) from error
 
 
 def _check_rates(args: Namespace) -> None:

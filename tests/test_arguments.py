@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import sys
 
 import pytest
 from megatron.training.arguments import add_megatron_arguments
@@ -151,6 +152,14 @@ def test_every_rule_refuses_by_name(parser, rule):
 def test_a_flag_that_trains_something_else_is_refused(parser, flags, named):
     with pytest.raises(FlagError, match=named):
         parse(parser, *flags)
+
+
+def test_sensors_are_not_logged_where_nothing_reads_them(parser, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", sys)
+    parse(parser, "--log-energy")
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    with pytest.raises(FlagError, match="--log-energy: pynvml reads the sensors"):
+        parse(parser, "--log-energy")
 
 
 @pytest.mark.parametrize("flags, line", [

@@ -18,9 +18,10 @@ from tests.ranks import run_ranks
 from tests.training.pretraining import TINY, pretrain_on_this_rank
 
 PROGRAM = """
-import torch, pretrain_glm
-for reading in ("temperature", "power_draw", "utilization", "clock_rate"):  # wants pynvml
-    setattr(torch.cuda, reading, lambda: 0)
+import sys, torch, pretrain_glm
+sys.modules["pynvml"] = sys  # no sensors here
+for sensor in ("temperature", "power_draw", "utilization", "clock_rate"):
+    setattr(torch.cuda, sensor, lambda: 0)
 torch._dynamo.callback.on_compile_start(lambda arguments: print("a graph"))
 from megatron.training import get_args, training
 pretrain_glm.main()
