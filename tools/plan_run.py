@@ -175,7 +175,7 @@ def print_plan(plan: Plan) -> None:
 def print_search(plans: list[Plan]) -> None:
     """The best first, then all of them, then its flags."""
     print("\n".join([*report.headline(plans[0]), "", *report.plans_table(plans), ""]))
-    print("\n".join(["flags of the first:", "  " + " ".join(report.flags(plans[0].job))]))
+    print("\n".join(["flags of the first:", "  " + " ".join(report.flags(plans[0]))]))
     for warning in plans[0].warnings:
         print(f"\nwarning: {warning}")
 

@@ -29,7 +29,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """A job on a cluster. Raises PlanError where the cluster has another number of GPUs."""
+    """A job on a cluster. Raises PlanError where the cluster has another number of GPUs, and where
+    the first batches of a ramp are too small for its ranks."""
 
     job: Job
     cluster: Cluster
@@ -44,6 +45,17 @@ class Plan:
                 "change the cluster or the parallel sizes"
             )
         stage_layers(self.job)
+        if self.run.ramp and self.run.ramp[0] < self.job.smallest_batch:
+            raise PlanError(
+                f"--rampup-batch-size {' '.join(map(str, self.run.ramp))}: must begin with "
+                f"at least {self.job.smallest_batch}, --micro-batch-size x the data parallel ranks; "
+                "begin with more, or raise --tensor- or --pipeline-model-parallel-size"
+            )
+
+    @property
+    def rounds_ramp(self) -> bool:
+        """Whether some batches of the ramp have to be rounded for the ranks to share them."""
+        return any(size % self.job.smallest_batch for size in (self.run.ramp or ())[:2])
 
     @cached_property
     def memory(self) -> list[MemoryForecast]:

@@ -136,9 +136,9 @@ def plans_table(plans: list[Plan]) -> list[str]:
     return lines
 
 
-def flags(job: Job) -> list[str]:
+def flags(plan: Plan) -> list[str]:
     """The flags of pretrain_glm.py that make this layout."""
-    words: list[str] = []
+    job, words = plan.job, []
     for name in (
         "tensor_model_parallel_size", "pipeline_model_parallel_size", "micro_batch_size",
         "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers",
@@ -158,6 +158,8 @@ def flags(job: Job) -> list[str]:
     ):  # fmt: skip
         if getattr(job, name):
             words.append(f"--{name.replace('_', '-')}")
+    if plan.rounds_ramp:
+        words.append("--decrease-batch-size-if-needed")
     return words
 
 
@@ -166,7 +168,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     forward = forward_operations(plan.job)
     return {
         "job": asdict(plan.job),
-        "flags": flags(plan.job),
+        "flags": flags(plan),
         "cluster": asdict(plan.cluster),
         "overheads": asdict(plan.overheads),
         "shares": plan.run.shares._asdict(),

@@ -286,11 +286,11 @@ def train_seconds(
     start, increment, ramp_samples = ramp
     sizes = range(start, job.global_batch_size, increment)
     each, seconds = ramp_samples / max(len(sizes), 1), 0.0
-    whole = job.micro_batch_size * job.data_parallel_size
+    whole = job.smallest_batch
     for size in sizes:
         # As under --decrease-batch-size-if-needed.
         smaller = job.with_(
-            global_batch_size=max(size // whole, 1) * whole,
+            global_batch_size=size // whole * whole,
             virtual_pipeline_model_parallel_size=None,
         )
         seconds += each / size * step_time(smaller, cluster, shares).step

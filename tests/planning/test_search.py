@@ -106,6 +106,19 @@ def test_a_plan_says_what_is_wrong_with_it():
     assert "tight: only" in warnings(tight)
 
 
+def test_a_ramp_is_shared_by_the_ranks_or_rounded_or_refused():
+    def rounds(*ramp) -> bool:
+        plan = Plan(GLM_130B, PAPER, Run(samples=10**8, ramp=ramp))
+        assert plan.days > 0
+        return "--decrease-batch-size-if-needed" in flags(plan)
+
+    # 24 ranks of one sequence.
+    assert not rounds(192, 24, 10**6)
+    assert rounds(200, 24, 10**6) and rounds(192, 32, 10**6)
+    with pytest.raises(PlanError, match="--rampup-batch-size 16 8 1000000: .* at least 24, "):
+        rounds(16, 8, 10**6)
+
+
 def test_a_cluster_of_another_size_is_refused():
     with pytest.raises(PlanError, match="TP x PP x DP = 768 GPUs: --nodes 95 x .* has 760"):
         Plan(GLM_130B, Cluster(find_gpu("H200"), 95))
@@ -118,7 +131,7 @@ def test_the_headline_has_the_figures():
 
 
 def test_flags_name_every_choice(best):
-    words = flags(best[0].job)
+    words = flags(best[0])
     assert words[:2] == ["--tensor-model-parallel-size",
                          str(best[0].job.tensor_model_parallel_size)]
     assert "--sequence-parallel" in words and "--use-distributed-optimizer" in words
