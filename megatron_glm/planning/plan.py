@@ -47,8 +47,8 @@ class Plan:
         stage_layers(self.job)
         if self.run.ramp and self.run.ramp[0] < self.job.smallest_batch:
             raise PlanError(
-                f"--rampup-batch-size {' '.join(map(str, self.run.ramp))}: must begin with "
-                f"at least {self.job.smallest_batch}, --micro-batch-size x the data parallel ranks; "
+                f"--rampup-batch-size {' '.join(map(str, self.run.ramp))}: must begin with at "
+                f"least {self.job.smallest_batch}, --micro-batch-size x the data parallel ranks; "
                 "begin with more, or raise --tensor- or --pipeline-model-parallel-size"
             )
 
