@@ -289,15 +289,29 @@ def _number(text: str) -> float | None:
 
 
 def _check_batch_size(args: Namespace) -> None:
-    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    micro, whole = args.micro_batch_size, args.global_batch_size
-    if micro and whole and args.world_size % (tp * pp) == 0:
-        dp = args.world_size // (tp * pp)
-        if whole % (micro * dp):
+    models = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    whole = args.global_batch_size
+    if args.micro_batch_size and whole and args.world_size % models == 0:
+        if whole % smallest_batch(args):
             raise FlagError(
-                f"--global-batch-size {whole}: must be divisible by --micro-batch-size {micro} x "
-                f"{dp}, the number of data parallel ranks"
+                f"--global-batch-size {whole}: must be divisible by {smallest_batch(args)}, "
+                f"{SMALLEST_BATCH}"
             )
+
+
+SMALLEST_BATCH = "--micro-batch-size x data parallel ranks (x pipeline stages that interleave)"
+
+
+def smallest_batch(args: Namespace) -> int:
+    """Sequences of which every step must have a multiple: a micro-batch on every data parallel
+    rank, and in pipeline stages that interleave one for every stage too."""
+    pp = args.pipeline_model_parallel_size
+    interleaves = pp > 1 and (
+        args.num_layers_per_virtual_pipeline_stage is not None
+        or (args.num_virtual_stages_per_pipeline_rank or 1) > 1
+    )
+    dp = args.world_size // (args.tensor_model_parallel_size * pp)
+    return args.micro_batch_size * dp * (pp if interleaves else 1)
 
 
 def check_required(args: Namespace, dests: Iterable[str] = REQUIRED) -> None:

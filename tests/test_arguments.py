@@ -227,18 +227,22 @@ def test_a_value_at_the_edge_of_its_range_passes(parser, flags):
     parse(parser, *flags)
 
 
-@pytest.mark.parametrize("world_size, tp, fits", [(1, 1, True), (8, 2, True), (8, 1, False),
-                                                  (3, 2, True)])  # fmt: skip
-def test_a_batch_that_the_ranks_cannot_share_is_refused(parser, world_size, tp, fits):
+@pytest.mark.parametrize("world_size, flags, fits", [
+    (1, [], True), (8, ["--tensor-model-parallel-size", "2"], True), (8, [], False),
+    (3, ["--tensor-model-parallel-size", "2"], True),
+    (8, ["--pipeline-model-parallel-size", "4"], True),
+    (8, ["--pipeline-model-parallel-size", "4", "--num-virtual-stages-per-pipeline-rank", "2"],
+     False),
+], ids=str)  # fmt: skip
+def test_a_batch_that_the_ranks_cannot_share_is_refused(parser, world_size, flags, fits):
     """A number of ranks that the layout does not fit has a refusal of its own."""
     args = parser.parse_args([*TOKENIZER, "--micro-batch-size", "2", "--global-batch-size", "24",
-                              "--tensor-model-parallel-size", str(tp)])  # fmt: skip
+                              *flags])  # fmt: skip
     args.world_size = world_size
     if fits:
         check_flags(args)
         return
-    with pytest.raises(FlagError, match="--global-batch-size 24: must be divisible by "
-                       "--micro-batch-size 2 x 8"):  # fmt: skip
+    with pytest.raises(FlagError, match="--global-batch-size 24: must be divisible by 16, --micro"):
         check_flags(args)
 
 

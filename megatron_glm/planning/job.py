@@ -109,13 +109,15 @@ class Job:
 
     @property
     def smallest_batch(self) -> int:
-        """Sequences of a micro-batch on every data parallel rank, of which steps have multiples."""
-        return self.micro_batch_size * self.data_parallel_size
+        """Sequences of which every step must have a multiple."""
+        # Megatron interleaves groups of as many micro-batches as there are stages.
+        stages = self.pipeline_model_parallel_size if self.num_chunks > 1 else 1
+        return self.micro_batch_size * self.data_parallel_size * stages
 
     @property
     def num_microbatches(self) -> int:
         """Micro-batches of a step in one pipeline."""
-        return self.global_batch_size // self.smallest_batch
+        return self.global_batch_size // (self.micro_batch_size * self.data_parallel_size)
 
     @property
     def tokens(self) -> int:
@@ -155,8 +157,9 @@ class Job:
         if self.sequence_parallel:
             _divides("--sequence-parallel at --tensor-model-parallel-size", t, "--seq-length",
                      self.seq_length)
+        per_step = self.micro_batch_size * self.data_parallel_size
         _divides(f"--micro-batch-size {self.micro_batch_size} x data parallel size "
-                 f"{self.data_parallel_size} =", self.smallest_batch, "--global-batch-size",
+                 f"{self.data_parallel_size} =", per_step, "--global-batch-size",
                  self.global_batch_size)
         if self.num_chunks > 1:
             # With groups of p micro-batches, Megatron's default.

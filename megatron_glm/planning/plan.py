@@ -48,8 +48,9 @@ class Plan:
         if self.run.ramp and self.run.ramp[0] < self.job.smallest_batch:
             raise PlanError(
                 f"--rampup-batch-size {' '.join(map(str, self.run.ramp))}: must begin with at "
-                f"least {self.job.smallest_batch}, --micro-batch-size x the data parallel ranks; "
-                "begin with more, or raise --tensor- or --pipeline-model-parallel-size"
+                f"least {self.job.smallest_batch}, --micro-batch-size x data parallel ranks (x "
+                "pipeline stages that interleave); begin with more, or raise "
+                "--tensor-model-parallel-size"
             )
 
     @property

@@ -289,9 +289,6 @@ def train_seconds(
     whole = job.smallest_batch
     for size in sizes:
         # As under --decrease-batch-size-if-needed.
-        smaller = job.with_(
-            global_batch_size=size // whole * whole,
-            virtual_pipeline_model_parallel_size=None,
-        )
+        smaller = job.with_(global_batch_size=size // whole * whole)
         seconds += each / size * step_time(smaller, cluster, shares).step
     return seconds + (samples - ramp_samples) / job.global_batch_size * full

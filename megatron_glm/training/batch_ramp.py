@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
-from megatron_glm.flag_rules import FlagError
+from megatron_glm.flag_rules import SMALLEST_BATCH, FlagError, smallest_batch
 
 
 def ramp_batch_size(args: Namespace) -> None:
@@ -17,11 +17,10 @@ def ramp_batch_size(args: Namespace) -> None:
     With --step-batch-size-schedule it begins a last step, and finds no samples for it.
     FlagError where the batch cannot grow so, on these ranks or at all.
     """
-    models = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
     if args.rampup_batch_size:
-        schedule = _read_ramp(args, args.micro_batch_size * (args.world_size // models))
+        schedule = _read_ramp(args, smallest_batch(args))
     elif args.step_batch_size_schedule:
-        schedule = _read_steps(args, args.micro_batch_size * (args.world_size // models))
+        schedule = _read_steps(args, smallest_batch(args))
     else:
         return
     # In tokens.
@@ -39,7 +38,7 @@ def ramp_batch_size(args: Namespace) -> None:
 
 
 def _read_ramp(args: Namespace, whole: int) -> list[tuple[int, int]]:
-    """whole: what batches are made of, the micro-batches of all data parallel ranks."""
+    """whole: what batches are multiples of."""
     start, increment, samples = map(int, args.rampup_batch_size)
     last = args.global_batch_size
     flag = f"--rampup-batch-size {start} {increment} {samples}"
@@ -51,12 +50,12 @@ def _read_ramp(args: Namespace, whole: int) -> list[tuple[int, int]]:
     if not (whole <= start < last <= samples and 0 < increment and (last - start) % increment == 0):
         raise FlagError(
             f"{flag}: must reach --global-batch-size {last} in whole increments over at least as "
-            f"many samples, from {whole} or more, --micro-batch-size x the data parallel ranks"
+            f"many samples, from {whole} or more, {SMALLEST_BATCH}"
         )
     if not args.decrease_batch_size_if_needed and (start % whole or increment % whole):
         raise FlagError(
-            f"{flag}: must have batches divisible by {whole}, --micro-batch-size x the data "
-            "parallel ranks; give others, or --decrease-batch-size-if-needed, which rounds them"
+            f"{flag}: must have batches divisible by {whole}, {SMALLEST_BATCH}; give others, or "
+            "--decrease-batch-size-if-needed, which rounds them"
         )
     return [
         (begin, size // whole * whole)
@@ -87,7 +86,7 @@ def _read_steps(args: Namespace, whole: int) -> list[tuple[int, int]]:
     ):
         raise FlagError(
             f"{flag}: must begin at 0 and grow, with batches divisible by {whole}, "
-            "--micro-batch-size x the data parallel ranks"
+            f"{SMALLEST_BATCH}"
         )
     return schedule
 

@@ -119,6 +119,11 @@ def test_a_ramp_is_shared_by_the_ranks_or_rounded_or_refused():
         rounds(16, 8, 10**6)
 
 
+def test_a_search_offers_only_what_can_begin_the_ramp():
+    found = best_plans(GLM_130B, PAPER, Run(samples=10**8, ramp=(192, 24, 10**6)), Overheads())
+    assert all(plan.job.smallest_batch <= 192 for plan in found)
+
+
 def test_a_cluster_of_another_size_is_refused():
     with pytest.raises(PlanError, match="TP x PP x DP = 768 GPUs: --nodes 95 x .* has 760"):
         Plan(GLM_130B, Cluster(find_gpu("H200"), 95))

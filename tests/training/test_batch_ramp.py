@@ -45,7 +45,8 @@ def flags(**changes) -> Namespace:
         "rampup_batch_size": ["16", "8", "100"], "global_batch_size": 64, "micro_batch_size": 2,
         "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "world_size": 16,
         "train_samples": 1000, "decrease_batch_size_if_needed": False, "seq_length": 32,
-        "step_batch_size_schedule": None,
+        "step_batch_size_schedule": None, "num_layers_per_virtual_pipeline_stage": None,
+        "num_virtual_stages_per_pipeline_rank": None,
     } | changes)  # fmt: skip
 
 
@@ -75,7 +76,7 @@ def test_batches_that_the_ranks_cannot_share_are_rounded_down_on_request():
     {"rampup_batch_size": ["16", "0", "100"]}, {"rampup_batch_size": ["16", "40", "100"]},
     {"rampup_batch_size": ["0", "8", "100"]}, {"rampup_batch_size": ["64", "8", "100"]},
     {"rampup_batch_size": ["16", "8", "5"]}, {"rampup_batch_size": ["60", "4", "100"]},
-    {"micro_batch_size": 3},
+    {"micro_batch_size": 3}, {"num_virtual_stages_per_pipeline_rank": 2},
 ], ids=str)  # fmt: skip
 def test_a_ramp_that_cannot_be_gone_is_refused(changes):
     with pytest.raises(FlagError, match="--rampup-batch-size [0-9 ]+: (needs|must)"):
