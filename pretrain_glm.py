@@ -49,6 +49,10 @@ from megatron_glm.training.accounting import count_as_glm  # noqa: E402
 from megatron_glm.training.agreement import ReadData  # noqa: E402
 from megatron_glm.training.batch import Batch, next_batch  # noqa: E402
 from megatron_glm.training.divergence import check_steps  # noqa: E402
+from megatron_glm.training.evaluation import (  # noqa: E402
+    evaluate_only_data,
+    num_validation_sequences,
+)
 from megatron_glm.training.hooks import (  # noqa: E402
     run_after_steps,
     run_before_saves,
@@ -107,9 +111,11 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
     """Train, validation and test datasets, on every rank and for every virtual stage."""
     args = get_args()
     with exit_with_one_line(rank=args.rank, local_rank=args.local_rank):
-        check_samples_left(args, num_samples[0])
+        train, _, test = num_samples
+        check_samples_left(args, train)
         datasets = train_valid_test_datasets(
-            dataset_config_from_args(args, get_tokenizer()), num_samples
+            dataset_config_from_args(args, get_tokenizer()),
+            [train, num_validation_sequences(args), test],
         )
     if datasets[0] is not None:
         args.mix_state = datasets[0].mix.state_dict()
@@ -211,6 +217,7 @@ def main() -> None:
     provide_fused_optimizer()
     count_as_glm()
     skip_warm_up()
+    evaluate_only_data()
     check_steps(args)
     run_after_steps(lambda step, *_: compare_read_data(get_model_parallel_group(), step))
     run_before_saves(store_ledger)
