@@ -19,6 +19,12 @@ class GLMError(ValueError):
     is_everywhere: ClassVar[bool] = False
 
 
+class FlagError(GLMError):
+    """A flag, or a pair of flags, that GLM cannot honour."""
+
+    is_everywhere = True
+
+
 @contextmanager
 def exit_with_one_line(
     *more: type[Exception], rank: int = 0, local_rank: int = 0, after_interrupt: str = ""

@@ -31,6 +31,22 @@ _EVERY_LOGIT = (
     "it takes the logits of every token, and GLM makes those of its targets alone; drop the flag"
 )
 _OBJECTIVE = "the blank-infilling dataset does not read it; drop the flag"
+_FILES_ALONE = "text, checkpoints and locks are read as files; mount the storage and drop the flag"
+_OWN_TOKENIZER = "--tokenizer-type and --tokenizer-model say all of a GLM's; drop the flag"
+_ALL_SOURCES = "the log has the validation loss of every source apart anyway; drop the flag"
+_FLAGS_DECIDE = (
+    "a checkpoint's settings are compared with the flags, never taken; give the flags of its run, "
+    "and what differs is named"
+)
+_FORGETS = (
+    "a run that goes on from such a checkpoint forgets what it has read; use a short "
+    "--save-interval with --save-retain-interval, which deletes as well"
+)
+_SKIPS = "it knows the batches of GPT only; go back with --ckpt-step and another --seed instead"
+_UNTRIED_HOOKS = (
+    "it ends in a TypeError without Transformer Engine, and was never tried with it; drop the flag "
+    "(--save-params-interval and --save-wgrads-interval work)"
+)
 
 RULES: tuple[Rule, ...] = (
     Rule("swiglu", "--swiglu", (False,), _ONE_ACTIVATION),
@@ -154,7 +170,69 @@ RULES: tuple[Rule, ...] = (
     Rule("mock_data", "--mock-data", (False,),
          "Megatron's mock samples have no blanks; make a small corpus with tools/gather_text.py"),
     Rule("per_dataset_sequences_path", "--per-dataset-sequences-path", (None,), _OBJECTIVE),
-    Rule("iterations_to_skip", "--iterations-to-skip", ([],),
-         "it knows the batches of GPT only; go back with --ckpt-step and another --seed instead"),
+    Rule("dataloader_type", "--dataloader-type", ("single",),
+         "GLM's own order reads each sequence once, over resumptions too; leave it at single"),
+    Rule("phase_transition_iterations", "--phase-transition-iterations", (None,),
+         "each phase would read the first one's sequences again; give another --data-path when the "
+         "run goes on, and the mix changes there"),
+    Rule("dataloader_fast_cache_load", "--dataloader-fast-cache-load", (False,), _OBJECTIVE),
+    Rule("dataloader_defer_npy_index_mmap", "--dataloader-defer-npy-index-mmap", (False,),
+         _OBJECTIVE),
+    Rule("mid_level_dataset_surplus", "--mid-level-dataset-surplus", (0.005,), _OBJECTIVE),
+    Rule("allow_ambiguous_pad_tokens", "--allow-ambiguous-pad-tokens", (False,), _OBJECTIVE),
+    Rule("sample_rate", "--sample-rate", (1.0,), _OBJECTIVE),
+    Rule("decoder_seq_length", "--decoder-seq-length", (None,), _DENSE_ONLY),
+    Rule("object_storage_cache_path", "--object-storage-cache-path", (None,), _FILES_ALONE),
+    Rule("enable_msc", "--enable-msc", (False,), _FILES_ALONE),
+    Rule("full_validation", "--full-validation", (False,),
+         "Megatron ends in an error at the first evaluation; give --eval-iters, the batches of an "
+         "evaluation"),
+    Rule("multiple_validation_sets", "--multiple-validation-sets", (False,), _ALL_SOURCES),
+    Rule("validation_set_names", "--validation-set-names", (None,), _ALL_SOURCES),
+    Rule("vocab_size", "--vocab-size", (None,), _OWN_TOKENIZER),
+    Rule("pad_vocab_size", "--no-pad-vocab-size", (True,),
+         "give --padded-vocab-size, or --make-vocab-size-divisible-by 1"),
+    Rule("vocab_file", "--vocab-file", (None,), _OWN_TOKENIZER),
+    Rule("merge_file", "--merge-file", (None,), _OWN_TOKENIZER),
+    Rule("vocab_extra_ids", "--vocab-extra-ids", (0,), _OWN_TOKENIZER),
+    Rule("metadata_path", "--tokenizer-metadata", (None,), _OWN_TOKENIZER),
+    Rule("special_tokens", "--tokenizer-special-tokens", (None,), _OWN_TOKENIZER),
+    Rule("tokenizer_sentencepiece_legacy", "--tokenizer-sentencepiece-legacy", (False,),
+         _OWN_TOKENIZER),
+    Rule("tokenizer_sentencepiece_ignore_extra_whitespaces",
+         "--no-tokenizer-sentencepiece-ignore-extra-whitespaces", (True,), _OWN_TOKENIZER),
+    Rule("tokenizer_hf_no_use_fast", "--tokenizer-hf-no-use-fast", (False,), _OWN_TOKENIZER),
+    Rule("tokenizer_hf_no_include_special_tokens", "--tokenizer-hf-no-include-special-tokens",
+         (False,), _OWN_TOKENIZER),
+    Rule("chat_template", "--chat-template", (None,), _OWN_TOKENIZER),
+    Rule("ckpt_format", "--ckpt-format", ("torch_dist",),
+         "only of that is it known whether a checkpoint is whole, and tools/ read no other; leave "
+         "it at torch_dist"),
+    Rule("ckpt_convert_format", "--ckpt-convert-format", (None,),
+         "convert by tools/convert_checkpoint.py"),
+    Rule("use_checkpoint_args", "--use-checkpoint-args", (False,), _FLAGS_DECIDE),
+    Rule("use_mp_args_from_checkpoint_args", "--use-mp-args-from-checkpoint-args", (False,),
+         _FLAGS_DECIDE),
+    Rule("override_ckpt_iteration", "--override-ckpt-iteration", (None,),
+         "the learning rate and the ledger would stay where they were; go back with --ckpt-step"),
+    Rule("non_persistent_save_interval", "--non-persistent-save-interval", (None,), _FORGETS),
+    Rule("non_persistent_ckpt_type", "--non-persistent-ckpt-type", (None,), _FORGETS),
+    Rule("dist_ckpt_save_pre_mcore_014", "--dist-ckpt-save-pre-mcore-014", (False,),
+         "Megatron 0.19 reads it nowhere; drop the flag"),
+    Rule("save_activations_interval", "--save-activations-interval", (None,), _UNTRIED_HOOKS),
+    Rule("save_dgrads_interval", "--save-dgrads-interval", (None,), _UNTRIED_HOOKS),
+    Rule("save_tokens_per_expert_interval", "--save-tokens-per-expert-interval", (None,),
+         _DENSE_ONLY),
+    Rule("iterations_to_skip", "--iterations-to-skip", ([],), _SKIPS),
+    Rule("result_rejected_tracker_filename", "--result-rejected-tracker-filename", (None,),
+         _SKIPS),
+    Rule("rerun_mode", "--rerun-mode", ("disabled", "validate_results"),
+         "Megatron 0.19 knows no such mode when it comes to it; give one of the other two"),
+    Rule("exit_signal_handler_for_dataloader", "--exit-signal-handler-for-dataloader", (False,),
+         "Megatron 0.19 reads it nowhere; --exit-signal-handler is for the loader's processes too"),
+    Rule("inprocess_restart", "--inprocess-restart", (False,),
+         "only pretrain_gpt.py restarts so; use torchrun's --max-restarts with --load and --save "
+         "alike, and the run goes on from its last checkpoint"),
+    Rule("perform_rl_step", "--perform-rl-step", (False,), _OBJECTIVE),
     Rule("yaml_cfg", "--yaml-cfg", (None,), "GLM's settings are flags; pass them as such"),
 )

@@ -4,20 +4,14 @@ silence."""
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from importlib import import_module
-from math import inf
 from typing import Any, NamedTuple
 
 import torch
 
-from megatron_glm.errors import GLMError
+from megatron_glm.data_flags import check_data_files, check_data_paths
+from megatron_glm.errors import FlagError
 from megatron_glm.fixed_flags import RULES
 from megatron_glm.model.attention.backends import BACKENDS
-
-
-class FlagError(GLMError):
-    """A flag, or a pair of flags, that GLM cannot honour."""
-
-    is_everywhere = True
 
 
 class Range(NamedTuple):
@@ -71,6 +65,10 @@ NEEDS: tuple[Need, ...] = (
     Need("lr_wsd_decay_samples", "--lr-decay-style WSD", _is_wsd),
     Need("decoupled_min_lr", "--decoupled-lr", lambda args: args.decoupled_lr is not None),
     Need("grad_reduce_in_bf16", "--bf16", lambda args: args.bf16),
+    Need("async_save", "--use-persistent-ckpt-worker",
+         lambda args: args.use_persistent_ckpt_worker),
+    Need("log_progress", "--save", lambda args: args.save),
+    Need("manual_gc_interval", "--manual-gc", lambda args: args.manual_gc),
 )
 
 TOKENIZER = ("tokenizer_type", "tokenizer_model")
@@ -124,7 +122,7 @@ def check_flags(args: Namespace) -> None:
             f"--glm-attention-backend {args.glm_attention_backend}: must be auto or one of "
             f"{', '.join(BACKENDS)}"
         )
-    _check_data_paths(args)
+    check_data_paths(args)
     _check_batch_size(args)
     if args.fp16 and args.bf16:
         raise FlagError("--fp16 with --bf16: give one")
@@ -239,55 +237,6 @@ def _check_recomputation(args: Namespace) -> None:
         )
 
 
-def _check_data_paths(args: Namespace) -> None:
-    split = [
-        f"--{part}-data-path" for part in ("train", "valid", "test")
-        if getattr(args, f"{part}_data_path")
-    ]  # fmt: skip
-    if args.data_path and split:
-        raise FlagError(
-            f"--data-path with {' '.join(split)}: give the first, which --split divides, or the "
-            "others"
-        )
-    if not (args.data_path or args.train_data_path) and not args.skip_train and split:
-        raise FlagError(
-            f"{' '.join(split)} without --train-data-path: the run would train on nothing; give "
-            "it, or --skip-train"
-        )
-    for part in ("data", "train_data", "valid_data", "test_data", "multitask_data"):
-        _check_weights(f"--{part.replace('_', '-')}-path", getattr(args, f"{part}_path") or [])
-    shares = [_number(share) for share in (args.split or "1").split(",")]
-    if (
-        len(shares) > 3
-        or not all(share is not None and 0 <= share < inf for share in shares)
-        or not (shares[0] or args.skip_train)
-    ):
-        raise FlagError(
-            f"--split {args.split}: must be the shares of training, validation and test data, like "
-            "949,50,1, the first above 0"
-        )
-
-
-def _check_weights(flag: str, items: list[str]) -> None:
-    numbers = [_number(item) for item in items]
-    weights, prefixes = numbers[::2], numbers[1::2]
-    if any(number is not None for number in numbers) and not (
-        len(weights) == len(prefixes)
-        and all(weight is not None and 0 < weight < inf for weight in weights)
-        and not any(number is not None for number in prefixes)
-    ):
-        raise FlagError(
-            f"{flag} {' '.join(items)}: must be prefixes alone, or each behind its weight, above 0"
-        )
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
 def _check_batch_size(args: Namespace) -> None:
     models = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
     whole = args.global_batch_size
@@ -322,8 +271,8 @@ def check_required(args: Namespace, dests: Iterable[str] = REQUIRED) -> None:
 
 
 def check_start(args: Namespace) -> None:
-    """Raises FlagError where a run of these flags cannot start here: it lacks a flag, or the ranks
-    are no whole number of models."""
+    """Raises FlagError where a run of these flags cannot start here: it lacks a flag, a file or a
+    package, or the ranks are no whole number of models."""
     check_required(args)
     if not (args.train_iters or args.train_samples):
         raise FlagError("--train-iters is missing: give the steps of the run, or --train-samples")
@@ -334,6 +283,15 @@ def check_start(args: Namespace) -> None:
             f"--wandb-project {args.wandb_project}: needs --wandb-save-dir, or --save, into which "
             "it writes too"
         )
+    check_data_files(args)
+    if args.async_save and args.async_strategy == "nvrx":
+        try:
+            import_module("nvidia_resiliency_ext")
+        except ImportError as error:
+            raise FlagError(
+                "--async-save: --async-strategy nvrx needs a package, pip install "
+                "nvidia-resiliency-ext; or give --async-strategy mcore, which needs none"
+            ) from error
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     if args.world_size % (tp * pp):
         raise FlagError(

@@ -13,6 +13,7 @@ from megatron_glm.arguments import (
     fill_derived,
     pin_padded_vocab_size,
 )
+from megatron_glm.data_flags import check_data_files
 from megatron_glm.fixed_flags import RULES
 from megatron_glm.flag_rules import (
     NEEDS,
@@ -147,6 +148,13 @@ def test_every_rule_refuses_by_name(parser, rule):
         (["--recompute-granularity", "full"], "--recompute-granularity full: needs --recompute-"),
         (["--glm-attention-backend", "fast"], "--glm-attention-backend fast"),
         (["--data-path", "a", "--valid-data-path", "b"], "--data-path with --valid-data-path"),
+        (["--data-path", "a", "--data-args-path", "b"], "--data-path with --data-args-path: give"),
+        (["--train-data-path", "a", "--per-split-data-args-path", "b"],
+         "--train-data-path with --per-split-data-args-path: give one of both"),
+        (["--async-save"], "--async-save: does nothing without --use-persistent-ckpt-worker"),
+        (["--log-progress"], "--log-progress: does nothing without --save"),
+        (["--manual-gc-interval", "5"], "--manual-gc-interval 5: does nothing without --manual-gc"),
+        (["--rerun-mode", "report_stats"], "--rerun-mode report_stats: Megatron 0.19 knows no"),
     ],
 )
 def test_a_flag_that_trains_something_else_is_refused(parser, flags, named):
@@ -246,6 +254,25 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(parser, world_size, flag
         check_flags(args)
 
 
+@pytest.mark.parametrize("flag, text, named", [
+    ("--data-args-path", "0.3 a 0.7", "must be prefixes alone, or each behind its weight"),
+    ("--data-args-path", "0.3 a 0.7 b", None),
+    ("--per-split-data-args-path", "a", "must be a JSON object of train, valid, test"),
+    ("--per-split-data-args-path", '{"train": ["a"]}', "must be a JSON object of train, valid"),
+    ("--per-split-data-args-path", '{"train": [], "valid": "a", "test": null}', "to train on"),
+    ("--per-split-data-args-path", '{"train": "a 1", "valid": [], "test": []}', "must be prefixes"),
+    ("--per-split-data-args-path", '{"train": "1 a", "valid": null, "test": ["a"]}', None),
+])  # fmt: skip
+def test_a_file_of_prefixes_is_read_before_the_run(parser, tmp_path, flag, text, named):
+    file = tmp_path / "paths"
+    file.write_text(text)
+    expected = pytest.raises(FlagError, match=f"{flag} {file}: .*{named}")
+    with expected if named else contextlib.nullcontext():
+        check_data_files(parse(parser, flag, str(file)))
+    with pytest.raises(FlagError, match=f"{flag} none: cannot be read .No such file"):
+        check_data_files(parse(parser, flag, "none"))
+
+
 @pytest.mark.parametrize("missing", REQUIRED)
 def test_a_missing_flag_is_named(parser, missing):
     args = parser.parse_args(TOKENIZER)
@@ -261,12 +288,15 @@ def test_a_missing_flag_is_named(parser, missing):
     ({"lr": None, "skip_train": True}, None),
     ({"seq_length": None}, "--seq-length is missing"), ({"lr": None}, "--lr is missing"),
     ({"train_iters": None}, "--train-iters is missing"),
+    ({"async_save": True}, "--async-save: .*pip install nvidia-resiliency-ext; or give --async-st"),
+    ({"async_save": True, "async_strategy": "mcore"}, None),
     ({"wandb_project": "a"}, "--wandb-project a: needs --wandb-save-dir, or --save"),
     ({"wandb_project": "a", "save": "b"}, None),
     ({"world_size": 8}, "--tensor-model-parallel-size 2 x --pipeline-model-parallel-size 3: must "
                         "divide the 8 ranks"),
 ], ids=str)  # fmt: skip
-def test_a_run_that_cannot_start_is_refused(parser, changes, named):
+def test_a_run_that_cannot_start_is_refused(parser, monkeypatch, changes, named):
+    monkeypatch.setitem(sys.modules, "nvidia_resiliency_ext", None)
     args = parser.parse_args(TOKENIZER)
     vars(args).update(dict.fromkeys(REQUIRED, 1), train_iters=5, lr=1e-4, world_size=6,
                       tensor_model_parallel_size=2, pipeline_model_parallel_size=3)  # fmt: skip
