@@ -61,15 +61,15 @@ def train_valid_test_datasets(
 
     num_samples: sequences of each split, None for one epoch, 0 for a split that is not used.
 
-    Returns train, valid, test: a MixedDataset, or None for a split without data. Validation is a
-    list with --multiple-validation-sets. Raises DataError on files or flags that cannot be used.
+    Returns train, valid, test: a MixedDataset, or None for a split without data. Raises DataError
+    on files or flags that cannot be used.
     """
     return tuple(_build_split(config, split, num_samples[split.value]) for split in Split)
 
 
 def _build_split(
     config: GLMDatasetConfig, split: Split, num_samples: int | None
-) -> MixedDataset | list[MixedDataset] | None:
+) -> MixedDataset | None:
     blend = config.blend if config.blend is not None else config.blend_per_split[split.value]
     if blend is None or num_samples == 0:
         return None
@@ -87,9 +87,6 @@ def _build_split(
     numbers = {prefix: number for number, prefix in enumerate(source_prefixes(config))}
     for dataset, _ in (text | multitask).values():
         dataset.source = numbers[dataset.dataset_path]
-    if split == Split.valid and config.multiple_validation_sets:
-        return [_mixed(config, {identity: one}, {}, split, num_samples)
-                for identity, one in (text | multitask).items()]
     if num_samples is None:
         # Every sequence of every source once: all of them in proportion to their number.
         text = {identity: (one, None) for identity, (one, _) in (text | multitask).items()}

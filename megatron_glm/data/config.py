@@ -171,8 +171,6 @@ def dataset_config_from_args(args: Namespace, tokenizer: Any) -> GLMDatasetConfi
         blend=blend,
         blend_per_split=blend_per_split,
         split=args.split if blend is not None else None,
-        multiple_validation_sets=args.multiple_validation_sets,
-        full_validation=args.full_validation,
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
         mmap_bin_files=args.mmap_bin_files,

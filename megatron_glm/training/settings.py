@@ -111,8 +111,9 @@ def check_checkpoints(args: Namespace) -> None:
     goes_on = args.load is not None and args.save is not None and (
         os.path.realpath(args.load) == os.path.realpath(args.save)
     )
+    must_exist = args.exit_on_missing_checkpoint and args.pretrained_checkpoint is None
     for flag, directory, may_be_new in (
-        ("--load", args.load, goes_on),
+        ("--load", args.load, goes_on and not must_exist),
         ("--pretrained-checkpoint", args.pretrained_checkpoint, False),
         ("--save", args.save, True),
     ):
@@ -176,7 +177,8 @@ def _refuse_to_start_anew(flag: str, directory: str, may_be_new: bool) -> None:
     if not may_be_new:
         raise CheckpointMismatchError(
             f"{flag} {directory}: holds no checkpoint; give the folder of one, or to --load the "
-            "folder of --save, to begin a run there and go on with it"
+            "folder of --save, without --exit-on-missing-checkpoint, to begin a run there and go "
+            "on with it"
         )
 
 

@@ -82,13 +82,6 @@ def test_one_epoch_of_validation_reads_every_sequence_once(corpora):
     }
 
 
-def test_several_validation_sets_stay_apart(corpora):
-    config = make_config(corpora / "web", corpora / "books", split="50,50,0", sequence_length=256,
-                         multiple_validation_sets=True)
-    _, valid, _ = build(config)
-    assert [counts(dataset, 20) for dataset in valid] == [{0: 20}, {1: 20}]
-
-
 def test_a_path_for_each_split(corpora):
     config = make_config(corpora, blend=None, split=None, sequence_length=256, blend_per_split=[
         ([str(corpora / "web"), str(corpora / "books")], [1.0, 1.0]),

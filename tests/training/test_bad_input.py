@@ -226,6 +226,8 @@ def test_checkpoints_without_the_file_that_names_the_latest(corpus, checkpoint, 
 @pytest.mark.parametrize("flags, named", [
     (["--load", "{}/none"], "--load {}/none: holds no checkpoint"),
     (["--load", "{}/none", "--save", "{}/new"], "--load {}/none: holds no checkpoint"),
+    (["--load", "{}/new", "--save", "{}/new", "--exit-on-missing-checkpoint"],
+     "--load {}/new: holds no checkpoint"),
     (["--pretrained-checkpoint", "{}/none", "--load", "{}/new", "--save", "{}/new"],
      "--pretrained-checkpoint {}/none: holds no checkpoint"),
 ], ids=len)  # fmt: skip
