@@ -7,6 +7,7 @@ would train something else.
 
 import argparse
 import os
+import signal
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -196,6 +197,17 @@ def _say_what_is_different(parser: ArgumentParser) -> None:
         "Standard deviation of the initial word embeddings. That of every other matrix is "
         "DeepNorm's, which follows from its sizes. Default: %(default)s."
     )
+    # Megatron shows numbers, and ends in a KeyError where one is given.
+    actions["exit_signal"].metavar = "NAME"
+    actions["exit_signal"].type = _signal
+    actions["exit_signal"].help = "Signal that --exit-signal-handler waits for. Default: SIGTERM."
+
+
+def _signal(name: str) -> signal.Signals:
+    try:
+        return signal.Signals[name]
+    except KeyError as error:
+        raise argparse.ArgumentTypeError(f"{name}: must be a name like SIGUSR1") from error
 
 
 def _refuse(parser: ArgumentParser, message: str) -> NoReturn:

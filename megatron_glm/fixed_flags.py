@@ -208,6 +208,10 @@ RULES: tuple[Rule, ...] = (
     Rule("ckpt_format", "--ckpt-format", ("torch_dist",),
          "only of that is it known whether a checkpoint is whole, and tools/ read no other; leave "
          "it at torch_dist"),
+    Rule("dist_ckpt_strictness", "--dist-ckpt-strictness",
+         ("assume_ok_unexpected", "log_unexpected", "log_all", "raise_unexpected", "raise_all",
+          "ignore_all"),
+         "Megatron's trainer cannot take what that returns; give one that raises or logs"),
     Rule("ckpt_convert_format", "--ckpt-convert-format", (None,),
          "convert by tools/convert_checkpoint.py"),
     Rule("use_checkpoint_args", "--use-checkpoint-args", (False,), _FLAGS_DECIDE),

@@ -177,6 +177,7 @@ def test_sensors_are_not_logged_where_nothing_reads_them(parser, monkeypatch):
      "unrecognized arguments: --micro-batchsize=4; --micro-batchsize=4: did you mean "
      "--micro-batch-size?"),
     (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+    (["--exit-signal", "10"], "argument --exit-signal: 10: must be a name like SIGUSR1"),
 ], ids=" ".join)  # fmt: skip
 def test_what_cannot_be_parsed_is_one_line(parser, flags, line, capsys):
     with pytest.raises(SystemExit) as stop:
