@@ -92,7 +92,7 @@ def check_flags(args: Namespace) -> None:
     for rule in RULES:
         value = getattr(args, rule.dest, rule.allowed[0])
         if value not in rule.allowed:
-            raise FlagError(f"{rule.flag} {_show(value)}: {rule.why}")
+            raise FlagError(f"{_show(rule.flag, value)}: {rule.why}")
     for rule, holds, dests in RANGES:
         for dest in dests:
             value = getattr(args, dest)
@@ -101,7 +101,7 @@ def check_flags(args: Namespace) -> None:
     for dest, other, is_given in NEEDS:
         value = getattr(args, dest)
         if value and not is_given(args):
-            flag = f"--{dest.replace('_', '-')} {_show(value)}".rstrip()
+            flag = _show(f"--{dest.replace('_', '-')}", value)
             raise FlagError(f"{flag}: does nothing without {other}; add that or drop the flag")
     _check_rates(args)
     _check_sensors(args)
@@ -300,5 +300,5 @@ def check_start(args: Namespace) -> None:
         )
 
 
-def _show(value: Any) -> str:
-    return "" if isinstance(value, bool) else str(value)
+def _show(flag: str, value: Any) -> str:
+    return flag if isinstance(value, bool) else f"{flag} {value}"

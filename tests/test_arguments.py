@@ -94,7 +94,7 @@ def test_every_rule_refuses_by_name(parser, rule):
 @pytest.mark.parametrize(
     "flags, named",
     [
-        (["--swiglu"], "--swiglu"),
+        (["--swiglu"], "--swiglu: the MLP is GeGLU"),
         (["--position-embedding-type", "rope"], "--position-embedding-type rope"),
         (["--norm-epsilon", "1e-6"], "--norm-epsilon 1e-06"),
         (["--context-parallel-size", "2"], "--context-parallel-size 2"),
