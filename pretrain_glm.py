@@ -32,12 +32,12 @@ from megatron.training.argument_utils import (  # noqa: E402
 from megatron.training.global_vars import get_tokenizer  # noqa: E402
 from torch.distributed import ProcessGroup  # noqa: E402
 
-from megatron_glm.arguments import parse_glm_args, pin_padded_vocab_size  # noqa: E402
 from megatron_glm.data.builder import train_valid_test_datasets  # noqa: E402
 from megatron_glm.data.config import dataset_config_from_args, objective_names  # noqa: E402
 from megatron_glm.data.ledger import Ledger, ledger_lines  # noqa: E402
 from megatron_glm.data.tokenizer import GLMTokenizer, build_tokenizer  # noqa: E402
 from megatron_glm.errors import exit_with_one_line  # noqa: E402
+from megatron_glm.flags.arguments import parse_glm_args, pin_padded_vocab_size  # noqa: E402
 from megatron_glm.model.config import GLMModelConfig, GLMTransformerConfig  # noqa: E402
 from megatron_glm.model.glm_model import (  # noqa: E402
     GLMModel,

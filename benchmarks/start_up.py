@@ -29,7 +29,7 @@ FLAGS = [
 ]  # fmt: skip
 # Marked when these functions return, in the order in which a run calls them.
 MARKS = {
-    "megatron_glm.arguments:parse_glm_args": "flags and tokenizer",
+    "megatron_glm.flags.arguments:parse_glm_args": "flags and tokenizer",
     "megatron.training.training:initialize_megatron": "processes and seeds",
     "megatron_glm.model.glm_model:check_mask_conformance": "model and its conformance check",
     "megatron.training.training:setup_model_and_optimizer": "optimizer",

@@ -6,8 +6,7 @@ import sys
 
 import pytest
 
-from megatron_glm.errors import GLMError, exit_with_one_line
-from megatron_glm.flag_rules import FlagError
+from megatron_glm.errors import FlagError, GLMError, exit_with_one_line
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ LIBRARY = "megatron_glm"
 
 # What each part of the library may import from the others, beside itself.
 MAY_IMPORT = {
+    "flags": ("data", "model"),
     "data": (),
     "model": (),
     "training": ("data", "model", "planning"),

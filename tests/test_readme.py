@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from megatron.training.arguments import parse_args
 
-from megatron_glm.arguments import add_glm_arguments, check_flags
-from megatron_glm.presets import PRESETS
+from megatron_glm.flags.arguments import add_glm_arguments, check_flags
+from megatron_glm.flags.presets import PRESETS
 from tools import convert_checkpoint, generate, update_readme, verify_checkpoint
 
 ROOT = Path(__file__).parents[1]

@@ -30,13 +30,13 @@ from megatron.training.argument_utils import (  # noqa: E402
 from megatron.training.arguments import parse_args, validate_args  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 
-from megatron_glm.arguments import (  # noqa: E402
+from megatron_glm.errors import exit_with_one_line  # noqa: E402
+from megatron_glm.flags.arguments import (  # noqa: E402
     add_glm_arguments,
     fill_derived,
     pin_padded_vocab_size,
 )
-from megatron_glm.errors import exit_with_one_line  # noqa: E402
-from megatron_glm.flag_rules import MODEL_SIZE, check_flags, check_required  # noqa: E402
+from megatron_glm.flags.rules import MODEL_SIZE, check_flags, check_required  # noqa: E402
 from megatron_glm.model.config import GLMModelConfig, GLMTransformerConfig  # noqa: E402
 from megatron_glm.model.glm_model import GLMModelBuilder  # noqa: E402
 

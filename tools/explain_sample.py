@@ -27,7 +27,6 @@ import numpy as np  # noqa: E402
 from megatron.core.datasets.utils import Split  # noqa: E402
 from megatron.training.arguments import parse_args  # noqa: E402
 
-from megatron_glm.arguments import add_glm_arguments, fill_derived  # noqa: E402
 from megatron_glm.checkpoint.megatron import MegatronCheckpoint  # noqa: E402
 from megatron_glm.data.builder import MixedDataset, train_valid_test_datasets  # noqa: E402
 from megatron_glm.data.config import DataError, dataset_config_from_args  # noqa: E402
@@ -35,7 +34,8 @@ from megatron_glm.data.sample_view import render, sample_rows, view_sequence  # 
 from megatron_glm.data.statistics import measure  # noqa: E402
 from megatron_glm.data.tokenizer import build_tokenizer  # noqa: E402
 from megatron_glm.errors import exit_with_one_line  # noqa: E402
-from megatron_glm.flag_rules import TOKENIZER, check_required  # noqa: E402
+from megatron_glm.flags.arguments import add_glm_arguments, fill_derived  # noqa: E402
+from megatron_glm.flags.rules import TOKENIZER, check_required  # noqa: E402
 from megatron_glm.pictures import check_picture  # noqa: E402
 
 

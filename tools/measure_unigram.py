@@ -21,11 +21,11 @@ patches.apply()
 
 import numpy as np  # noqa: E402
 
-from megatron_glm.arguments import parse_glm_args  # noqa: E402
 from megatron_glm.data.builder import train_valid_test_datasets  # noqa: E402
 from megatron_glm.data.config import dataset_config_from_args, objective_names  # noqa: E402
 from megatron_glm.data.tokenizer import build_tokenizer  # noqa: E402
 from megatron_glm.errors import GLMError, exit_with_one_line  # noqa: E402
+from megatron_glm.flags.arguments import parse_glm_args  # noqa: E402
 
 
 def count_targets(

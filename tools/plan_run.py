@@ -27,14 +27,14 @@ from dataclasses import fields  # noqa: E402
 
 from megatron.training.arguments import parse_args, validate_args  # noqa: E402
 
-from megatron_glm.arguments import (  # noqa: E402
+from megatron_glm.data.tokenizer import build_tokenizer  # noqa: E402
+from megatron_glm.errors import exit_with_one_line  # noqa: E402
+from megatron_glm.flags.arguments import (  # noqa: E402
     add_glm_arguments,
     fill_derived,
     pin_padded_vocab_size,
 )
-from megatron_glm.data.tokenizer import build_tokenizer  # noqa: E402
-from megatron_glm.errors import exit_with_one_line  # noqa: E402
-from megatron_glm.flag_rules import MODEL_SIZE, check_flags, check_required  # noqa: E402
+from megatron_glm.flags.rules import MODEL_SIZE, check_flags, check_required  # noqa: E402
 from megatron_glm.pictures import check_picture  # noqa: E402
 from megatron_glm.planning import report  # noqa: E402
 from megatron_glm.planning.cluster import Cluster, Efficiency, find_gpu  # noqa: E402

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import adam
 
-from megatron_glm.flag_rules import FlagError
+from megatron_glm.errors import FlagError
 from megatron_glm.training.optimizer_state import with_steps_by_weight
 
 HALF = 1 << 15

@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 
-from megatron_glm.flag_rules import FlagError
+from megatron_glm.errors import FlagError
 from megatron_glm.model.fused.conformance import KernelConformanceError
 from megatron_glm.training import split_adam_kernel
 from megatron_glm.training.optimizer import FusedAdam

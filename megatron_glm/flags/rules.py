@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_glm.data_flags import check_data_files, check_data_paths
 from megatron_glm.errors import FlagError
-from megatron_glm.fixed_flags import RULES
+from megatron_glm.flags.data_paths import check_data_files, check_data_paths
+from megatron_glm.flags.fixed import RULES
 from megatron_glm.model.attention.backends import BACKENDS
 
 

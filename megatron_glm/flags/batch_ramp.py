@@ -7,7 +7,8 @@ from itertools import pairwise
 
 from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
-from megatron_glm.flag_rules import SMALLEST_BATCH, FlagError, smallest_batch
+from megatron_glm.errors import FlagError
+from megatron_glm.flags.rules import SMALLEST_BATCH, smallest_batch
 
 
 def ramp_batch_size(args: Namespace) -> None:

@@ -6,8 +6,9 @@ from argparse import Namespace
 import pytest
 from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
-from megatron_glm.flag_rules import FlagError
-from megatron_glm.training.batch_ramp import ramp_batch_size
+from megatron_glm.errors import FlagError
+from megatron_glm.flags.batch_ramp import ramp_batch_size
+from tests.training.corpus import make_corpus
 from tests.training.pretraining import TINY, pretrain
 
 
@@ -105,11 +106,12 @@ def test_a_schedule_that_cannot_be_gone_is_refused(schedule, changes):
 
 
 @pytest.mark.ranks
-def test_a_run_goes_the_ramp_and_resumes_on_it(corpus, tmp_path):
+def test_a_run_goes_the_ramp_and_resumes_on_it(tmp_path):
     ramp, sizes = (2, 2, 12), []
     while (size := batch_size(sum(sizes), *ramp, 8)) <= 24 - sum(sizes):
         sizes.append(size)
     assert sizes == [2, 2, 4, 6, 8]
+    corpus = make_corpus(tmp_path / "corpus", num_documents=60)
     run = [*TINY, *corpus.flags, "--lr-warmup-iters", "0", "--train-samples", "24",
            "--rampup-batch-size", *map(str, ramp), "--save", str(tmp_path), "--load",
            str(tmp_path)]  # fmt: skip

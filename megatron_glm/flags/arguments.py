@@ -1,8 +1,8 @@
 """GLM's flags beside Megatron's: registration and defaults.
 
 A flag is a field of a dataclass; its docstring is the help text. Megatron's own flags keep their
-meaning and get GLM-130B's values as defaults (paper, table 11); flag_rules.py refuses those that
-would train something else.
+meaning and get GLM-130B's values as defaults (paper, table 11); rules.py refuses those that would
+train something else.
 """
 
 import argparse
@@ -21,12 +21,12 @@ from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron_glm.data.config import GLMDataArguments, default_max_samples
 from megatron_glm.data.tokenizer import TEXT_SCHEMES, TOKENIZER_TYPES
 from megatron_glm.device import has_gpu
-from megatron_glm.errors import exit_with_one_line
-from megatron_glm.flag_rules import FlagError, check_flags, check_start
+from megatron_glm.errors import FlagError, exit_with_one_line
+from megatron_glm.flags.batch_ramp import ramp_batch_size
+from megatron_glm.flags.presets import PRESETS
+from megatron_glm.flags.rules import check_flags, check_start
 from megatron_glm.model.config import GLMArchitecture
 from megatron_glm.model.linears import select_linears
-from megatron_glm.presets import PRESETS
-from megatron_glm.training.batch_ramp import ramp_batch_size
 
 
 @dataclass

@@ -7,24 +7,24 @@ import sys
 import pytest
 from megatron.training.arguments import add_megatron_arguments
 
-from megatron_glm.arguments import (
+from megatron_glm.errors import FlagError
+from megatron_glm.flags.arguments import (
     DEFAULTS,
     add_glm_arguments,
     fill_derived,
     pin_padded_vocab_size,
 )
-from megatron_glm.data_flags import check_data_files
-from megatron_glm.fixed_flags import RULES
-from megatron_glm.flag_rules import (
+from megatron_glm.flags.data_paths import check_data_files
+from megatron_glm.flags.fixed import RULES
+from megatron_glm.flags.presets import PRESETS
+from megatron_glm.flags.rules import (
     NEEDS,
     RANGES,
     REQUIRED,
-    FlagError,
     check_flags,
     check_required,
     check_start,
 )
-from megatron_glm.presets import PRESETS
 
 TOKENIZER = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "tokenizer.json"]
 TABLE_11 = (

@@ -1,0 +1,1 @@
+"""GLM's flags beside Megatron's, and which of Megatron's GLM refuses, with which cure."""
