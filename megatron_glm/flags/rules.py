@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from megatron_glm.errors import FlagError
 from megatron_glm.flags.data_paths import check_data_files, check_data_paths
@@ -255,12 +256,19 @@ def smallest_batch(args: Namespace) -> int:
     """Sequences of which every step must have a multiple: a micro-batch on every data parallel
     rank, and in pipeline stages that interleave one for every stage too."""
     pp = args.pipeline_model_parallel_size
-    interleaves = pp > 1 and (
+    dp = args.world_size // (args.tensor_model_parallel_size * pp)
+    return args.micro_batch_size * dp * (pp if pp > 1 and _interleaves(args) else 1)
+
+
+def _interleaves(args: Namespace) -> bool:
+    """Whether a pipeline stage has several model chunks."""
+    if layout := args.pipeline_model_parallel_layout:
+        stages = PipelineParallelLayerLayout.get_num_stages_from_str(layout)
+        return stages > args.pipeline_model_parallel_size
+    return (
         args.num_layers_per_virtual_pipeline_stage is not None
         or (args.num_virtual_stages_per_pipeline_rank or 1) > 1
     )
-    dp = args.world_size // (args.tensor_model_parallel_size * pp)
-    return args.micro_batch_size * dp * (pp if interleaves else 1)
 
 
 def check_required(args: Namespace, dests: Iterable[str] = REQUIRED) -> None:

@@ -242,6 +242,10 @@ def test_a_value_at_the_edge_of_its_range_passes(parser, flags):
     (8, ["--pipeline-model-parallel-size", "4"], True),
     (8, ["--pipeline-model-parallel-size", "4", "--num-virtual-stages-per-pipeline-rank", "2"],
      False),
+    (8, ["--pipeline-model-parallel-size", "4", "--pipeline-model-parallel-layout", "E|t|t|L"],
+     True),
+    (8, ["--pipeline-model-parallel-size", "4", "--pipeline-model-parallel-layout", "E|(t|)*6L"],
+     False),
 ], ids=str)  # fmt: skip
 def test_a_batch_that_the_ranks_cannot_share_is_refused(parser, world_size, flags, fits):
     """A number of ranks that the layout does not fit has a refusal of its own."""

@@ -47,7 +47,7 @@ def flags(**changes) -> Namespace:
         "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "world_size": 16,
         "train_samples": 1000, "decrease_batch_size_if_needed": False, "seq_length": 32,
         "step_batch_size_schedule": None, "num_layers_per_virtual_pipeline_stage": None,
-        "num_virtual_stages_per_pipeline_rank": None,
+        "num_virtual_stages_per_pipeline_rank": None, "pipeline_model_parallel_layout": None,
     } | changes)  # fmt: skip
 
 
