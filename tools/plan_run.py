@@ -161,7 +161,7 @@ def run_from(own: argparse.Namespace, args: argparse.Namespace) -> Run:
         samples = args.train_iters * args.global_batch_size
     objective = Objective(**{item.name: getattr(args, item.name) for item in fields(Objective)})
     ramp = args.rampup_batch_size
-    return Run(samples, tuple(map(int, ramp)) if ramp else None, shares(objective))
+    return Run(samples, tuple(ramp) if ramp else None, shares(objective))
 
 
 def print_plan(plan: Plan) -> None:

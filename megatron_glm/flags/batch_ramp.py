@@ -8,7 +8,7 @@ from itertools import pairwise
 from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
 from megatron_glm.errors import FlagError
-from megatron_glm.flags.rules import SMALLEST_BATCH, smallest_batch
+from megatron_glm.flags.rules import SMALLEST_BATCH, check_first_step, smallest_batch
 
 
 def ramp_batch_size(args: Namespace) -> None:
@@ -24,6 +24,7 @@ def ramp_batch_size(args: Namespace) -> None:
         schedule = _read_steps(args, smallest_batch(args))
     else:
         return
+    check_first_step(args, schedule[0][1])
     # In tokens.
     args.step_batch_size_schedule = " ".join(
         f"{begin * args.seq_length}:{size}" for begin, size in schedule
@@ -40,7 +41,7 @@ def ramp_batch_size(args: Namespace) -> None:
 
 def _read_ramp(args: Namespace, whole: int) -> list[tuple[int, int]]:
     """whole: what batches are multiples of."""
-    start, increment, samples = map(int, args.rampup_batch_size)
+    start, increment, samples = args.rampup_batch_size
     last = args.global_batch_size
     flag = f"--rampup-batch-size {start} {increment} {samples}"
     if last is None or not args.train_samples or args.step_batch_size_schedule:

@@ -247,6 +247,17 @@ def _check_batch_size(args: Namespace) -> None:
                 f"--global-batch-size {whole}: must be divisible by {smallest_batch(args)}, "
                 f"{SMALLEST_BATCH}"
             )
+    if not args.rampup_batch_size:
+        check_first_step(args, whole)
+
+
+def check_first_step(args: Namespace, size: int | None) -> None:
+    """Raises FlagError where a run has fewer samples than the `size` of its first step (None where
+    that is not given): it would end at once, as if all were done."""
+    if args.train_samples and size and args.train_samples < size:
+        raise FlagError(
+            f"--train-samples {args.train_samples}: must be at least {size}, the first batch"
+        )
 
 
 SMALLEST_BATCH = "--micro-batch-size x data parallel ranks (x pipeline stages that interleave)"

@@ -259,6 +259,14 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(parser, world_size, flag
         check_flags(args)
 
 
+def test_a_run_without_a_step_is_refused(parser):
+    parse(parser, "--global-batch-size", "8", "--train-samples", "8")
+    parse(parser, "--global-batch-size", "8", "--train-samples", "7", "--rampup-batch-size", "2",
+          "2", "8")  # fmt: skip
+    with pytest.raises(FlagError, match="--train-samples 7: must be at least 8, the first batch"):
+        parse(parser, "--global-batch-size", "8", "--train-samples", "7")
+
+
 @pytest.mark.parametrize("flag, text, named", [
     ("--data-args-path", "0.3 a 0.7", "must be prefixes alone, or each behind its weight"),
     ("--data-args-path", "0.3 a 0.7 b", None),

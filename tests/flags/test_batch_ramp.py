@@ -24,7 +24,7 @@ def batch_size(consumed: int, start: int, increment: int, samples: int, last: in
 def test_megatron_reads_the_ramp_in_the_schedule(ramp, caplog):
     caplog.set_level(logging.INFO)
     samples = ramp[2]
-    args = flags(rampup_batch_size=[str(number) for number in ramp[:3]], global_batch_size=ramp[3],
+    args = flags(rampup_batch_size=list(ramp[:3]), global_batch_size=ramp[3],
                  world_size=4, micro_batch_size=1, train_samples=3 * samples)  # fmt: skip
     ramp_batch_size(args)
     consumed = 0
@@ -43,7 +43,7 @@ def test_megatron_reads_the_ramp_in_the_schedule(ramp, caplog):
 
 def flags(**changes) -> Namespace:
     return Namespace(**{
-        "rampup_batch_size": ["16", "8", "100"], "global_batch_size": 64, "micro_batch_size": 2,
+        "rampup_batch_size": [16, 8, 100], "global_batch_size": 64, "micro_batch_size": 2,
         "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "world_size": 16,
         "train_samples": 1000, "decrease_batch_size_if_needed": False, "seq_length": 32,
         "step_batch_size_schedule": None, "num_layers_per_virtual_pipeline_stage": None,
@@ -74,9 +74,9 @@ def test_batches_that_the_ranks_cannot_share_are_rounded_down_on_request():
 @pytest.mark.parametrize("changes", [
     {"global_batch_size": None}, {"train_samples": None},
     {"micro_batch_size": 5, "decrease_batch_size_if_needed": True},
-    {"rampup_batch_size": ["16", "0", "100"]}, {"rampup_batch_size": ["16", "40", "100"]},
-    {"rampup_batch_size": ["0", "8", "100"]}, {"rampup_batch_size": ["64", "8", "100"]},
-    {"rampup_batch_size": ["16", "8", "5"]}, {"rampup_batch_size": ["60", "4", "100"]},
+    {"rampup_batch_size": [16, 0, 100]}, {"rampup_batch_size": [16, 40, 100]},
+    {"rampup_batch_size": [0, 8, 100]}, {"rampup_batch_size": [64, 8, 100]},
+    {"rampup_batch_size": [16, 8, 5]}, {"rampup_batch_size": [60, 4, 100]},
     {"micro_batch_size": 3}, {"num_virtual_stages_per_pipeline_rank": 2},
 ], ids=str)  # fmt: skip
 def test_a_ramp_that_cannot_be_gone_is_refused(changes):
@@ -103,6 +103,15 @@ def test_a_schedule_in_tokens_ends_by_a_whole_step():
 def test_a_schedule_that_cannot_be_gone_is_refused(schedule, changes):
     with pytest.raises(FlagError, match="--step-batch-size-schedule .*: (needs|must)"):
         ramp_batch_size(flags(**STEPS | {"step_batch_size_schedule": schedule} | changes))
+
+
+@pytest.mark.parametrize("changes, first", [
+    ({}, 16), (STEPS | {"step_batch_size_schedule": "0:32 1K:64"}, 32),
+], ids=str)  # fmt: skip
+def test_a_run_without_a_step_is_refused(changes, first):
+    ramp_batch_size(flags(**changes, train_samples=first))
+    with pytest.raises(FlagError, match=f"--train-samples {first - 1}: must be at least {first},"):
+        ramp_batch_size(flags(**changes, train_samples=first - 1))
 
 
 @pytest.mark.ranks
