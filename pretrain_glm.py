@@ -60,11 +60,11 @@ from megatron_glm.training.hooks import (  # noqa: E402
 )
 from megatron_glm.training.loss import LossParts, token_loss  # noqa: E402
 from megatron_glm.training.optimizer import provide_fused_optimizer  # noqa: E402
+from megatron_glm.training.run_length import num_training_sequences  # noqa: E402
 from megatron_glm.training.save_errors import put_save_errors_in_words  # noqa: E402
 from megatron_glm.training.save_lock import saving_alone  # noqa: E402
 from megatron_glm.training.settings import (  # noqa: E402
     check_checkpoints,
-    check_samples_left,
     current_settings,
     schedule_mismatch_in_words,
 )
@@ -111,11 +111,10 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
     """Train, validation and test datasets, on every rank and for every virtual stage."""
     args = get_args()
     with exit_with_one_line(rank=args.rank, local_rank=args.local_rank):
-        train, _, test = num_samples
-        check_samples_left(args, train)
+        train = num_training_sequences(args)
         datasets = train_valid_test_datasets(
             dataset_config_from_args(args, get_tokenizer()),
-            [train, num_validation_sequences(args), test],
+            [train, num_validation_sequences(args), num_samples[2]],
         )
     if datasets[0] is not None:
         args.mix_state = datasets[0].mix.state_dict()

@@ -155,17 +155,6 @@ def schedule_mismatch_in_words(directory: str | None) -> Iterator[None]:
         ) from error
 
 
-def check_samples_left(args: Namespace, train_samples: int) -> None:
-    """Raises GLMError where the checkpoint that was loaded has seen all `train_samples` already."""
-    if not args.skip_train and args.consumed_train_samples >= train_samples:
-        raise GLMError(
-            f"--load {args.load}: iteration {args.iteration} has seen all {train_samples} samples "
-            "of this run already; raise --train-iters or --train-samples to go on (with "
-            "--override-opt-param-scheduler, where that makes the schedule longer too), or pass "
-            "--skip-train to evaluate it"
-        )
-
-
 def _refuse_to_start_anew(flag: str, directory: str, may_be_new: bool) -> None:
     if whole := whole_checkpoints(directory):
         raise CheckpointMismatchError(
