@@ -1,16 +1,22 @@
 """The code of the kernels of INT8 and INT4 weights for a GPU that is not here, and the engine with
-them on one that computes nothing. Results: interpreted_triton_linear.py, test_linear.py."""
+them on one that computes nothing. More results: interpreted_triton_linear.py,
+test_linear.py."""
 
 import re
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 from megatron_glm.inference import quantized_kernels as kernels  # noqa: E402
 from megatron_glm.inference import triton_linear  # noqa: E402
-from tests.model.fused.compiling import GPUS, assert_no_spills, compile_kernel  # noqa: E402
+from tests.compiling import GPUS, assert_no_spills, compile_kernel  # noqa: E402
+from tests.inference.test_linear import dequantized, random_weight  # noqa: E402
 from tests.null_gpu import run_on_null_gpu  # noqa: E402
+from tests.ptx.kernel import execute_kernels  # noqa: E402
 
+# Half a unit in the last place of the largest number, and what sums in fp32 add.
+TOLERANCES = {torch.float16: 1.01 * 2**-11, torch.bfloat16: 1.01 * 2**-8}
 # Of a program on an RTX 3090, bytes.
 SMALLEST_SHARED_MEMORY = 99 * 1024
 
@@ -42,6 +48,30 @@ def test_codes_go_from_memory_to_the_tensor_cores(bits, tokens, groups, element,
     assert copies == [1 + 16 // bits, groups > 1, groups > 1]
     sizes = re.findall(r"cp\.async\S* \[[^]]*\], \[[^]]*\], (\w+)", program.asm["ptx"])
     assert set(sizes) == {"0x10"}
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("bits, dtype, shape, groups, count", [
+    (8, torch.bfloat16, (37, 1536), 1, 5), (4, torch.float16, (37, 1536), 1, 8),
+    (8, torch.float16, (64, 3072), 1, 13), (4, torch.bfloat16, (37, 1536), 12, 11),
+    (4, torch.bfloat16, (37, 3072), 1, 40), (8, torch.float16, (37, 1536), 4, 32),
+    (4, torch.float16, (37, 90), 3, 3), (8, torch.bfloat16, (5, 90), 18, 3),
+], ids=str)  # fmt: skip
+def test_the_compiled_code_multiplies_and_dequantizes(
+    bits, dtype, shape, groups, count, gpu, monkeypatch
+):
+    execute_kernels(monkeypatch, kernels, gpu)
+    weight = random_weight(bits, *shape, groups)
+    generator = torch.Generator().manual_seed(1)
+    bias = torch.randn(shape[0], generator=generator).to(dtype)
+    # Without its first row, x of 90 columns is not aligned.
+    x = torch.randn(count + 1, shape[1], generator=generator).to(dtype)[1:]
+    linear = triton_linear.TritonLinear(weight.codes, weight.scales, bias, bits, dtype)
+    exact = x.double() @ dequantized(weight).T + bias.double()
+    error = (linear(x).double() - exact).abs().max()
+    assert error <= TOLERANCES[dtype] * exact.abs().max()
+    rows = slice(1, 4)
+    assert torch.equal(linear.weight(rows, dtype), dequantized(weight)[rows].to(dtype))
 
 
 PROGRAM = """

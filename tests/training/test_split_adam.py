@@ -19,8 +19,10 @@ from megatron_glm.training.split_adam import (
     check_split_adam,
     join,
     split,
+    step_by_torch,
 )
-from tests.model.fused.compiling import GPUS, assert_no_spills, compile_kernel
+from tests.compiling import GPUS, assert_no_spills, compile_kernel
+from tests.ptx.kernel import execute_kernels
 
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 SHAPES = ((7, 5), (33,), (1,))
@@ -156,6 +158,35 @@ def test_the_kernel_compiles_without_spilling(gpu, tmp_path):
     assert_no_spills(program, tmp_path, gpu)
     # Four weights of a thread at once, each way.
     assert "ld.global.v4.b32" in program.asm["ptx"] and "st.global.v4.b32" in program.asm["ptx"]
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("decoupled, gradients, moments", [
+    (True, torch.float32, torch.float32), (False, torch.bfloat16, torch.bfloat16),
+])  # fmt: skip
+def test_the_compiled_kernel_takes_the_steps_of_torch(
+    decoupled, gradients, moments, gpu, monkeypatch
+):
+    execute_kernels(monkeypatch, split_adam_kernel, gpu)
+    generator = torch.Generator().manual_seed(0)
+    # No multiple of what a program takes, and NaN at the end.
+    main = torch.cat([torch.randn(3000, generator=generator), torch.tensor([torch.nan])])
+    group = OPTIONS | {"adam_w_mode": decoupled}
+    runs = []
+    for step in (split_adam_kernel.step_by_kernel, step_by_torch):
+        generator.manual_seed(1)
+        weight, remainder = split(main)
+        zeros = {name: torch.zeros_like(main, dtype=moments) for name in MOMENTS}
+        state = {"step": torch.zeros(()), MAIN_WEIGHT: remainder, **zeros}
+        for _ in range(3):
+            step(weight, torch.randn(main.shape, generator=generator).to(gradients), state, group)
+        runs.append([join(weight, remainder), *(state[name] for name in MOMENTS)])
+    found, expected = runs
+    # Two roundings a step of weights below 4; of moments the next number, and some bits of fp32
+    # where they cancel.
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=3 * 2**-21, equal_nan=True)
+    eps = torch.finfo(moments).eps
+    torch.testing.assert_close(found[1:], expected[1:], rtol=eps, atol=2**-22, equal_nan=True)
 
 
 @pytest.mark.gpu

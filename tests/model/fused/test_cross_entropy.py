@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 from megatron_glm.model.fused import cross_entropy  # noqa: E402
-from tests.model.fused.compiling import GPUS, assert_no_spills, compile_kernel  # noqa: E402
+from tests.compiling import GPUS, assert_no_spills, compile_kernel  # noqa: E402
 
 
 @pytest.mark.parametrize("gpu", GPUS)

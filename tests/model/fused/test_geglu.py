@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 from megatron_glm.model.fused import geglu  # noqa: E402
-from tests.model.fused.compiling import GPUS, assert_no_spills, compile_kernel  # noqa: E402
+from tests.compiling import GPUS, assert_no_spills, compile_kernel  # noqa: E402
 
 # Largest error against the largest of the exact result.
 TOLERANCES = {torch.float32: 2**-20, torch.float16: 1.01 * 2**-11, torch.bfloat16: 1.01 * 2**-8}

@@ -13,7 +13,7 @@ from megatron_glm.model.residual import Sum
 pytest.importorskip("triton")
 from megatron_glm.model.fused import residual_norm  # noqa: E402
 from megatron_glm.model.fused import residual_norm_kernels as kernels  # noqa: E402
-from tests.model.fused.compiling import GPUS, assert_no_spills, compile_kernel  # noqa: E402
+from tests.compiling import GPUS, assert_no_spills, compile_kernel  # noqa: E402
 
 # Largest error against the largest of the exact result: in 16 bits z and y are both rounded.
 TOLERANCES = {torch.float32: 2**-20, torch.float16: 2**-10, torch.bfloat16: 2**-7}

@@ -16,7 +16,7 @@ SUM_TOLERANCE = 2**-20
 """At least this for the gradient of the bias: a sum over tokens in fp32."""
 pytest.importorskip("triton")
 from megatron_glm.model.fused import rotary  # noqa: E402
-from tests.model.fused.compiling import (  # noqa: E402
+from tests.compiling import (  # noqa: E402
     GPUS,
     assert_no_spills,
     compile_kernel,
