@@ -285,10 +285,11 @@ def train_seconds(
         return samples / job.global_batch_size * full
     start, increment, ramp_samples = ramp
     sizes = range(start, job.global_batch_size, increment)
-    each, seconds = ramp_samples / max(len(sizes), 1), 0.0
-    whole = job.smallest_batch
+    each, left, seconds = ramp_samples / max(len(sizes), 1), samples, 0.0
     for size in sizes:
         # As under --decrease-batch-size-if-needed.
-        smaller = job.with_(global_batch_size=size // whole * whole)
-        seconds += each / size * step_time(smaller, cluster, shares).step
-    return seconds + (samples - ramp_samples) / job.global_batch_size * full
+        size = size // job.smallest_batch * job.smallest_batch
+        share = min(each, left)
+        seconds += share / size * step_time(job.with_(global_batch_size=size), cluster, shares).step
+        left -= share
+    return seconds + left / job.global_batch_size * full

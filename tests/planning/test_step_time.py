@@ -124,6 +124,19 @@ def test_a_ramp_of_the_batch_takes_longer():
     assert plain < ramp < 1.02 * plain
 
 
+@pytest.mark.parametrize("samples", [20_000, 90_000])
+def test_a_ramp_takes_the_time_of_its_steps(samples):
+    # Batches of 64 on 32 ranks of data parallelism: 192, 192, 192, 256 ... in place of 192, 216 ...
+    job = GLM_130B.with_(micro_batch_size=2, data_parallel_size=32, global_batch_size=384)
+    consumed, seconds = 0, 0.0
+    while consumed < samples:
+        size = min(192 + 24 * (consumed // 5000), 384) // 64 * 64
+        consumed += size
+        seconds += step_time(job.with_(global_batch_size=size), PAPER, CAUSAL).step
+    ramp = (192, 24, 40_000)
+    assert train_seconds(job, PAPER, CAUSAL, samples, ramp) == pytest.approx(seconds, rel=0.02)
+
+
 def test_a_gpu_is_found_by_name_and_can_be_corrected():
     assert find_gpu("h200").peak == 989.4e12
     assert find_gpu("H200", memory=1.0).memory == 1.0
