@@ -29,7 +29,7 @@ def ramp_batch_size(args: Namespace) -> None:
     args.step_batch_size_schedule = " ".join(
         f"{begin * args.seq_length}:{size}" for begin, size in schedule
     )
-    _, args.train_samples = whole_steps(schedule, args.train_samples)
+    args.train_samples = samples_of_whole_steps(schedule, args.train_samples)
     # Beside a schedule Megatron refuses what was given as --global-batch-size, but needs the value,
     # and refuses to round.
     args.global_batch_size = schedule[-1][1]
@@ -103,13 +103,10 @@ def schedule_of_ramp(
     return [*shares, (samples, last)]
 
 
-def whole_steps(
-    schedule: list[tuple[int, int]], samples: int, consumed: int = 0
-) -> tuple[int, int]:
-    """The steps that a run which has consumed so many samples takes on to at most `samples`, and
-    what it has consumed then."""
+def samples_of_whole_steps(schedule: list[tuple[int, int]], samples: int) -> int:
+    """What the steps of a run of at most so many samples consume."""
     begins, sizes = zip(*schedule, strict=True)
-    num_steps = 0
+    consumed = 0
     while (after := consumed + sizes[bisect(begins, consumed) - 1]) <= samples:
-        num_steps, consumed = num_steps + 1, after
-    return num_steps, consumed
+        consumed = after
+    return consumed

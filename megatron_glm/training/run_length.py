@@ -2,10 +2,12 @@
 
 from argparse import Namespace
 
-from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
+from megatron.core.num_microbatches_calculator import (
+    get_current_global_batch_size,
+    update_num_microbatches,
+)
 
 from megatron_glm.errors import GLMError
-from megatron_glm.flags.batch_ramp import whole_steps
 
 
 def num_training_sequences(args: Namespace) -> int:
@@ -18,22 +20,25 @@ def num_training_sequences(args: Namespace) -> int:
     Raises:
         GLMError: the checkpoint that was loaded is the end already.
     """
-    consumed, schedule = args.consumed_train_samples, [(0, args.global_batch_size)]
-    if args.step_batch_size_schedule:
-        schedule = StepBatchsizeNumMicroBatchesCalculator._parse_schedule(
-            args.step_batch_size_schedule, args.seq_length
-        )
+    end = args.consumed_train_samples
     if args.train_samples:
-        num_steps, end = whole_steps(schedule, args.train_samples, consumed)
-        args.train_iters = args.iteration + num_steps
+        args.train_iters = args.iteration
+        while (after := end + _batch_size(end)) <= args.train_samples:
+            args.train_iters, end = args.train_iters + 1, after
+        update_num_microbatches(args.consumed_train_samples, consistency_check=False)
     else:
-        num_steps = max(args.train_iters - args.iteration, 0)
-        end = consumed + num_steps * args.global_batch_size
-    if num_steps == 0 and not args.skip_train:
+        end += max(args.train_iters - args.iteration, 0) * args.global_batch_size
+    if end == args.consumed_train_samples and not args.skip_train:
         raise GLMError(
-            f"--load {args.load}: iteration {args.iteration} has seen all {consumed} samples of "
-            "this run already; raise --train-iters or --train-samples to go on (with "
+            f"--load {args.load}: iteration {args.iteration} has seen all {end} samples of this "
+            "run already; raise --train-iters or --train-samples to go on (with "
             "--override-opt-param-scheduler, where that makes the schedule longer too), or pass "
             "--skip-train to evaluate it"
         )
     return end
+
+
+def _batch_size(consumed: int) -> int:
+    """Sequences of the step that begins there."""
+    update_num_microbatches(consumed, consistency_check=False)
+    return get_current_global_batch_size()
