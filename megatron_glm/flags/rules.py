@@ -64,6 +64,8 @@ NEEDS: tuple[Need, ...] = (
     Need("recompute_num_layers", "--recompute-granularity full", _is_full),
     Need("lr_wsd_decay_iters", "--lr-decay-style WSD", _is_wsd),
     Need("lr_wsd_decay_samples", "--lr-decay-style WSD", _is_wsd),
+    Need("decrease_batch_size_if_needed", "--rampup-batch-size",
+         lambda args: args.rampup_batch_size),
     Need("decoupled_min_lr", "--decoupled-lr", lambda args: args.decoupled_lr is not None),
     Need("grad_reduce_in_bf16", "--bf16", lambda args: args.bf16),
     Need("async_save", "--use-persistent-ckpt-worker",

@@ -152,6 +152,8 @@ def test_every_rule_refuses_by_name(parser, rule):
         (["--train-data-path", "a", "--per-split-data-args-path", "b"],
          "--train-data-path with --per-split-data-args-path: give one of both"),
         (["--async-save"], "--async-save: does nothing without --use-persistent-ckpt-worker"),
+        (["--decrease-batch-size-if-needed", "--global-batch-size", "7"],
+         "--decrease-batch-size-if-needed: does nothing without --rampup-batch-size"),
         (["--log-progress"], "--log-progress: does nothing without --save"),
         (["--manual-gc-interval", "5"], "--manual-gc-interval 5: does nothing without --manual-gc"),
         (["--rerun-mode", "report_stats"], "--rerun-mode report_stats: Megatron 0.19 knows no"),
