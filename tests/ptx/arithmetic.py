@@ -76,6 +76,7 @@ ARITHMETIC = {
     "sqrt.rn": ("tt", np.sqrt),
     "rsqrt.approx": ("tt", lambda a: 1 / np.sqrt(a.astype(np.float64))),
     "ex2.approx": ("tt", lambda a: np.exp2(a.astype(np.float64))),
+    "not": ("tt", np.invert),
     "and": ("ttt", np.bitwise_and),
     "or": ("ttt", np.bitwise_or),
     "xor": ("ttt", np.bitwise_xor),

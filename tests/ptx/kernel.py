@@ -3,8 +3,8 @@
 All threads of all programs of a launch go in lock step, an instruction at a time as numpy does it,
 on copies of the tensors that lie far apart. Errors: an instruction that is not in the tables here;
 an address outside of the tensors, or not aligned as its instruction asks; shared memory read before
-it is written, or before an asynchronous copy to it is waited for; a warp or a program that comes to
-what it must do together in parts.
+it is written, or before an asynchronous copy to it is waited for; threads that wait for others of a
+warp or a program which do not come.
 
 What it cannot show: races, since threads never overtake each other and what one writes is there for
 all; tensor cores of Hopper (wgmma) and its bulk copies, which it does not know; the last bits of a

@@ -21,21 +21,23 @@ class Instruction(NamedTuple):
     text: str
     predicate: str | None
     is_negated: bool
+    threads: int
+    """So many neighbours execute it together."""
     execute: Callable
     operands: list[str]
 
 
 class Machine:
-    """Threads of all programs, the ones that are furthest behind in the code going first: so those
-    that took different ways go together again where these meet."""
+    """Threads of all programs. Those that are furthest behind in the code go first, but for ones
+    that wait for others: so those that took different ways go together again where these meet."""
 
     def __init__(self, ptx, grid, parameters, memory, shared_bytes):
-        self._code, self._labels = _parse(ptx)
         self._parameters, self._memory, self._shared_bytes = parameters, memory, shared_bytes
         grid = (*grid, 1, 1)[:3]
-        self._size = int(re.search(r"\.reqntid (\d+)", ptx)[1])
+        size = int(re.search(r"\.reqntid (\d+)", ptx)[1])
+        self._code, self._labels = _parse(ptx, size)
         programs = int(np.prod(grid))
-        self._program, thread = np.divmod(np.arange(programs * self._size), self._size)
+        self._program, thread = np.divmod(np.arange(programs * size), size)
         # Shared memory begins at 0.
         self._registers = {"%tid.x": thread.astype(np.uint32),
                            "global_smem": np.zeros(1, np.uint32)}  # fmt: skip
@@ -52,8 +54,13 @@ class Machine:
 
     def run(self) -> None:
         while (at := self._next.min()) < len(self._code):
+            active = self._ready(at)
+            while not active.any():
+                at = self._next[self._next > at].min()
+                if at == len(self._code):
+                    raise RuntimeError("threads wait for others, which have ended")
+                active = self._ready(at)
             instruction = self._code[at]
-            active = self._next == at
             self._next[active] += 1
             if instruction.predicate:
                 active &= self._read(instruction.predicate, "pred") ^ instruction.is_negated
@@ -63,6 +70,11 @@ class Machine:
                 except Exception as error:
                     error.add_note(f"at {instruction.text}")
                     raise
+
+    def _ready(self, at: int) -> np.ndarray:
+        """Threads that are at an instruction with all that execute it together."""
+        count = self._code[at].threads
+        return (self._next == at).reshape(-1, count).all(1).repeat(count)
 
     def _read(self, operand: str, type: str) -> np.ndarray:
         if operand in self._registers or operand[0] == "%":
@@ -121,13 +133,8 @@ class Machine:
     def _return(self, active):
         self._next[active] = len(self._code)
 
-    def _together(self, active, size):
-        """All or none of so many threads that follow each other."""
-        if (active.reshape(-1, size).any(1) != active.reshape(-1, size).all(1)).any():
-            raise RuntimeError(f"only some of {size} threads come to what they do together")
-
-    def _barrier(self, active, number):
-        self._together(active, self._size)
+    def _barrier(self, active, *_):
+        """That threads wait for each other is all."""
 
     def _load_parameter(self, active, target, source, *, type):
         number = int(re.fullmatch(r"\[\w+_param_(\d+)]", source)[1])
@@ -188,10 +195,8 @@ class Machine:
         self._copies.append((active, places, content))
 
     def _commit(self, active):
-        if any((of & ~active).any() for of, *_ in self._copies):
-            raise NotImplementedError("a group of copies that only some threads close")
-        self._groups.append((active.copy(), self._copies))
-        self._copies = []
+        self._groups.append((active.copy(), [(of & active, *copy) for of, *copy in self._copies]))
+        self._copies = [(of & ~active, *copy) for of, *copy in self._copies if (of & ~active).any()]
 
     def _wait(self, active, count):
         """All but the last so many groups of each thread land."""
@@ -206,7 +211,6 @@ class Machine:
     def _matrices(self, active, operand, count, transposed):
         """Of each half of the registers of lanes its place in matrices [8, 8] of 16 bits, of which
         lanes 8i to 8i + 7 give the addresses of the rows of the i-th."""
-        self._together(active, 32)
         rows = self._addresses(operand, True).reshape(-1, 32)
         for matrix in range(count):
             for half in range(2):
@@ -232,7 +236,6 @@ class Machine:
     def _multiply(self, active, *operands, of):
         """D = A B + C of [16, 16] and [16, 8] by each warp, whose lanes hold two neighbours of a
         row of A, of a column of B and of a row of C."""
-        self._together(active, 32)
         d, a, b, c = map(_vector, operands)
         row, column = LANES[:, None] // 4, 2 * (LANES[:, None] % 4) + np.arange(2)
         warps = len(active) // 32
@@ -255,7 +258,6 @@ class Machine:
 
     def _shuffle(self, active, target, source, mask, *_):
         """Registers of the lanes whose number differs in the bits of the mask."""
-        self._together(active, 32)
         bits = self._read_all(source, "b32").reshape(-1, 32)[:, LANES ^ int(mask)]
         self._write(active, target, "b32", bits.ravel())
 
@@ -278,6 +280,7 @@ OTHERS = {
     "bra.uni": Machine._branch,
     "ret": Machine._return,
     "bar.sync": Machine._barrier,
+    "bar.warp.sync": Machine._barrier,
     "cp.async.ca.shared.global": Machine._copy,
     "cp.async.cg.shared.global": Machine._copy,
     "cp.async.commit_group": Machine._commit,
@@ -315,8 +318,9 @@ def _vector(operand: str) -> list[str]:
     return [part.strip() for part in operand.strip("{}").split(",")]
 
 
-def _parse(ptx: str) -> tuple[list[Instruction], dict[str, int]]:
-    """Instructions, and of each label that of the instruction which it stands before."""
+def _parse(ptx: str, size: int) -> tuple[list[Instruction], dict[str, int]]:
+    """Instructions, and of each label that of the instruction which it stands before.
+    size: threads of a program."""
     code, labels = [], {}
     body = re.search(r"^{\n(.*?)^}$", ptx, re.DOTALL | re.MULTILINE)[1]
     body = re.sub(r"//.*|^\s*\.(loc|reg|pragma)\b.*", "", body, flags=re.MULTILINE)
@@ -326,6 +330,9 @@ def _parse(ptx: str) -> tuple[list[Instruction], dict[str, int]]:
             labels[text[:-1]] = len(code)
         elif text:
             negated, predicate, name, operands = INSTRUCTION.fullmatch(text).groups()
-            code.append(Instruction(text, predicate, bool(negated), _method(name),
+            threads = size if name == "bar.sync" else 32 if ".sync" in name else 1
+            if threads > 1 and predicate:
+                raise NotImplementedError(f"a condition of what threads do together: {text}")
+            code.append(Instruction(text, predicate, bool(negated), threads, _method(name),
                                     OPERAND.findall(operands)))  # fmt: skip
     return code, labels

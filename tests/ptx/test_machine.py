@@ -50,15 +50,25 @@ def test_threads_that_part_meet_again():
     assert torch.equal(out, torch.stack([expected, expected - 100]).int())
 
 
-def test_a_part_of_a_warp_cannot_exchange_registers():
-    with pytest.raises(RuntimeError, match="only some of 32 threads"):
-        run(OWN + "setp.lt.s32 %p1, %r0, 5;\n@%p1 shfl.sync.bfly.b32 %r5, %r0, 1, 31, -1;",
-            torch.zeros(32))  # fmt: skip
-
-
-def test_a_part_of_a_program_cannot_pass_a_barrier():
-    with pytest.raises(RuntimeError, match="only some of 64 threads"):
-        run(OWN + "setp.lt.s32 %p1, %r0, 32;\n@%p1 bar.sync 0;", torch.zeros(64), threads=64)
+# A part of a warp, and a part of a program.
+@pytest.mark.parametrize("first, together", [
+    (5, "shfl.sync.bfly.b32 %r5, %r0, 1, 31, -1;"), (32, "bar.sync 0;"),
+])  # fmt: skip
+def test_threads_wait_for_each_other(first, together):
+    turn_off = OWN + f"setp.lt.s32 %p1, %r0, {first};\n@%p1 bra.uni $L_other;\n"
+    with pytest.raises(RuntimeError, match="threads wait for others, which have ended"):
+        run(turn_off + together + "\n$L_other:\n", torch.zeros(64), threads=64)
+    # What is behind in the code waits for what has gone ahead of it.
+    out = torch.zeros(64)
+    run(turn_off + f"""
+    $L_meet:
+        {together}
+        st.global.b32 [%rd9], {{1}};
+        ret;
+    $L_other:
+        bra.uni $L_meet;
+    """, out, threads=64)  # fmt: skip
+    assert out.view(torch.int32).eq(1).all()
 
 
 @pytest.mark.parametrize("count, is_there", [(1, False), (0, True)])

@@ -1,4 +1,4 @@
-"""The code of the GeGLU kernels for a GPU that is not here, and on one that is, their results.
+"""The code of the GeGLU kernels for a GPU that is not here, executed on a CPU; on one, results.
 
 Under the interpreter: interpreted_geglu.py.
 """
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 from megatron_glm.model.fused import geglu  # noqa: E402
 from tests.compiling import GPUS, assert_no_spills, compile_kernel  # noqa: E402
+from tests.ptx.kernel import execute_kernels  # noqa: E402
 
 # Largest error against the largest of the exact result.
 TOLERANCES = {torch.float32: 2**-20, torch.float16: 1.01 * 2**-11, torch.bfloat16: 1.01 * 2**-8}
@@ -32,14 +33,11 @@ def test_every_element_moves_once_in_words_of_16_bytes(name, loads, stores, gpu,
     assert len(re.findall(r"st\.global\.v4\.b32", text)) == stores
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("width", [50, 10880])
-def test_on_a_gpu_both_passes_equal_torch_in_fp64(width, dtype):
+def assert_equals_torch(device, num_rows, width, dtype):
     torch.manual_seed(0)
-    x = torch.randn(300, 2, 2 * width, device="cuda").to(dtype).requires_grad_()
-    bias = torch.randn(2 * width, device="cuda").to(dtype).requires_grad_()
-    grad = torch.randn(300, 2, width, device="cuda").to(dtype)
+    x = torch.randn(num_rows, 2 * width, device=device).to(dtype).requires_grad_()
+    bias = torch.randn(2 * width, device=device).to(dtype).requires_grad_()
+    grad = torch.randn(num_rows, width, device=device).to(dtype)
     exact_x, exact_bias = (leaf.detach().double().requires_grad_() for leaf in (x, bias))
 
     out = geglu.bias_geglu(x, bias)
@@ -51,3 +49,19 @@ def test_on_a_gpu_both_passes_equal_torch_in_fp64(width, dtype):
     for actual, expected in ((out, exact), (x.grad, exact_x.grad), (bias.grad, exact_bias.grad)):
         error = (actual.double() - expected).abs().max()
         assert error <= TOLERANCES[dtype] * expected.abs().max()
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("num_rows, width, dtype", [
+    (150, 136, torch.bfloat16), (30, 50, torch.float16), (3, 33, torch.float32),
+], ids=str)  # fmt: skip
+def test_the_compiled_code_equals_torch_in_fp64(num_rows, width, dtype, gpu, monkeypatch):
+    execute_kernels(monkeypatch, geglu, gpu)
+    assert_equals_torch("cpu", num_rows, width, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("width", [50, 10880])
+def test_on_a_gpu_both_passes_equal_torch_in_fp64(width, dtype):
+    assert_equals_torch("cuda", 600, width, dtype)

@@ -1,5 +1,5 @@
-"""The code of the residual norm's kernels for a GPU that is not here, and on one that is, their
-results. Under the interpreter: interpreted_residual_norm.py."""
+"""The code of the residual norm's kernels for a GPU that is not here, executed on a CPU; on one,
+their results. Under the interpreter: interpreted_residual_norm.py."""
 
 import re
 
@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from megatron_glm.model.fused import residual_norm  # noqa: E402
 from megatron_glm.model.fused import residual_norm_kernels as kernels  # noqa: E402
 from tests.compiling import GPUS, assert_no_spills, compile_kernel  # noqa: E402
+from tests.ptx.kernel import execute_kernels  # noqa: E402
 
 # Largest error against the largest of the exact result: in 16 bits z and y are both rounded.
 TOLERANCES = {torch.float32: 2**-20, torch.float16: 2**-10, torch.bfloat16: 2**-7}
@@ -80,17 +81,13 @@ def test_programs_of_the_backward_pass_cover_a_gpu_and_no_more(rows, columns):
         assert tiles.programs * blocks >= 132
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("columns", [100, 768, 4096, 12288])
-def test_on_a_gpu_all_gradients_equal_torch_in_fp64(columns, dtype, dropout):
+def assert_equals_torch(device, rows, columns, dtype, dropout):
     torch.manual_seed(0)
-    drawn = draw_dropout(dropout, torch.device("cuda"))
-    shapes = [(300, 2, columns), (columns,), (300, 2, columns), (columns,), (columns,)]
-    leaves = [torch.randn(shape, device="cuda").to(dtype).requires_grad_() for shape in shapes]
+    drawn = draw_dropout(dropout, torch.device(device))
+    shapes = [(rows, columns), (columns,), (rows, columns), (columns,), (columns,)]
+    leaves = [torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in shapes]
     exact_leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    grads = [torch.randn(shapes[0], device="cuda").to(dtype) for _ in range(2)]
+    grads = [torch.randn(shapes[0], device=device).to(dtype) for _ in range(2)]
 
     y, residual = residual_norm.residual_norm(Sum(*leaves[:3], 4.0, drawn), *leaves[3:], 1e-5)
     torch.autograd.backward((y, residual), grads)
@@ -105,3 +102,22 @@ def test_on_a_gpu_all_gradients_equal_torch_in_fp64(columns, dtype, dropout):
     for actual, expected in pairs:
         error = (actual.double() - expected).abs().max()
         assert error <= TOLERANCES[dtype] * expected.abs().max()
+
+
+# The last are wider than a whole row of the backward pass.
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("rows, columns, dtype, dropout", [
+    (20, 104, torch.bfloat16, 0.1), (9, 768, torch.float16, 0.0), (9, 75, torch.float32, 0.1),
+    (10, 4104, torch.bfloat16, 0.1),
+], ids=str)  # fmt: skip
+def test_the_compiled_code_equals_torch_in_fp64(rows, columns, dtype, dropout, gpu, monkeypatch):
+    execute_kernels(monkeypatch, kernels, gpu)
+    assert_equals_torch("cpu", rows, columns, dtype, dropout)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("columns", [100, 768, 4096, 12288])
+def test_on_a_gpu_all_gradients_equal_torch_in_fp64(columns, dtype, dropout):
+    assert_equals_torch("cuda", 600, columns, dtype, dropout)

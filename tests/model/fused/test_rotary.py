@@ -1,4 +1,4 @@
-"""The code of the rotary kernels for a GPU that is not here, and on one that is, their results.
+"""The code of the rotary kernels for a GPU that is not here, executed on a CPU; on one, results.
 
 Under the interpreter: interpreted_rotary.py.
 """
@@ -22,6 +22,7 @@ from tests.compiling import (  # noqa: E402
     compile_kernel,
     registers_of,
 )
+from tests.ptx.kernel import execute_kernels  # noqa: E402
 
 
 def arguments_of(kernel, dim):
@@ -58,17 +59,14 @@ def test_the_backward_passes_registers_are_there_for_its_programs(gpu, tmp_path)
     assert 32 * num_warps * rotary.PROGRAMS_PER_PROCESSOR * registers <= 65536
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("shape", [(300, 2, 32, 128), (100, 3, 5, 24)], ids=str)
-def test_on_a_gpu_both_passes_equal_torch_in_fp64(shape, dtype):
+def assert_equals_torch(device, shape, dtype):
     seq_length, batch, heads, dim = shape
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape):
-        return torch.randn(shape, generator=generator, device="cuda").to(dtype)
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
 
-    position_ids = torch.randint(2048, (batch, seq_length), generator=generator, device="cuda")
+    position_ids = torch.randint(2048, (batch, seq_length), generator=generator, device=device)
     rotation = RotaryTable(2048, dim, 10000.0, "fp32")(position_ids)
     leaves = random(seq_length, batch, heads, 3 * dim), random(heads * 3 * dim)
     leaves = leaf, bias = [leaf.requires_grad_() for leaf in leaves]
@@ -85,6 +83,23 @@ def test_on_a_gpu_both_passes_equal_torch_in_fp64(shape, dtype):
         assert (actual.double() - expected).abs().max() <= tolerance * expected.abs().max()
     again = torch.autograd.grad(rotary.rotate_query_key_(leaf * 1, bias, rotation), leaves, grads)
     assert all(torch.equal(a, b) for a, b in zip(actual_grads, again, strict=True))
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("shape, dtype", [
+    ((9, 2, 20, 128), torch.bfloat16), ((6, 3, 5, 24), torch.float16),
+    ((5, 1, 3, 64), torch.float32),
+], ids=str)  # fmt: skip
+def test_the_compiled_code_equals_torch_in_fp64(shape, dtype, gpu, monkeypatch):
+    execute_kernels(monkeypatch, rotary, gpu)
+    assert_equals_torch("cpu", shape, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("shape", [(300, 2, 32, 128), (100, 3, 5, 24)], ids=str)
+def test_on_a_gpu_both_passes_equal_torch_in_fp64(shape, dtype):
+    assert_equals_torch("cuda", shape, dtype)
 
 
 @pytest.mark.gpu
