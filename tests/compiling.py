@@ -14,7 +14,8 @@ GPUS = {"H100": 90, "A100": 80}
 
 
 def compile_kernel(
-    kernel: triton.JITFunction, arguments: dict[str, str | int], num_warps: int, gpu: str = "H100"
+    kernel: triton.JITFunction, arguments: dict[str, str | int], num_warps: int, gpu: str = "H100",
+    **options: int,
 ) -> CompiledKernel:
     """A kernel for aligned pointers and sizes.
 
@@ -24,6 +25,7 @@ def compile_kernel(
             Pointers and integers are taken for multiples of 16, but "i32!" for any number.
         num_warps: warps of a program.
         gpu: a key of GPUS.
+        options: more of the compiler's, as num_stages.
     """
     names = kernel.arg_names
     types = {name: "constexpr" if not isinstance(of, str) else of.rstrip("!")
@@ -38,7 +40,7 @@ def compile_kernel(
             {(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
         ),
         target=GPUTarget("cuda", GPUS[gpu], 32),
-        options={"num_warps": num_warps},
+        options={"num_warps": num_warps, **options},
     )
 
 

@@ -48,9 +48,10 @@ class Kernel:
         return partial(self._launch, grid)
 
     def _launch(self, grid, *values, num_warps=4, **more) -> "Kernel":
-        arguments = dict(zip(self._kernel.arg_names, values, strict=False)) | more
+        options = dict(zip(self._kernel.arg_names, values, strict=False)) | more
+        arguments = {name: options.pop(name) for name in self._kernel.arg_names}
         types = {p.name: _type_of(arguments[p.name], p) for p in self._kernel.params}
-        program = compile_kernel(self._kernel, types, num_warps, self._gpu)
+        program = compile_kernel(self._kernel, types, num_warps, self._gpu, **options)
         given = [arguments[name] for name, type in types.items() if isinstance(type, str)]
         execute(program.asm["ptx"], grid, given, program.metadata.shared)
         # Launchers keep what a launch returns, to launch it themselves.
@@ -60,7 +61,8 @@ class Kernel:
 def _type_of(value, parameter) -> str | int | None:
     """As Triton tells kernels apart: by types, multiples of 16, and 1 for a constant."""
     if parameter.is_constexpr or value is None:
-        return value
+        # A string by itself would be a type.
+        return triton.language.constexpr(value) if isinstance(value, str) else value
     if isinstance(value, torch.Tensor):
         return POINTERS[value.dtype] + ("!" if value.data_ptr() % 16 else "")
     if isinstance(value, float):

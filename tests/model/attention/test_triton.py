@@ -1,4 +1,5 @@
-"""The Triton kernels: their code for a GPU that is not here. Results: interpreted_triton.py.
+"""The Triton kernels: their code for a GPU that is not here, executed on a CPU where that GPU
+has no tensor cores that are asynchronous. More results: interpreted_triton.py.
 
 On a GPU, test_backends.py and test_conformance.py run them as well.
 """
@@ -7,9 +8,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_glm.model import dropout, dropout_kernels
 from megatron_glm.model.attention import triton, triton_kernels
+from megatron_glm.model.dropout import Dropout
+from tests.model.attention.packs import random_inputs, run, samples_from
+from tests.ptx.kernel import execute_kernels
 
 pytest.importorskip("triton")
 H100 = {"capability": (9, 0), "shared_memory": 232448}
@@ -75,6 +80,24 @@ def test_code_for_hopper_neither_spills_nor_serialises(kernel, tmp_path):
     ).stderr
     assert "0 bytes spill stores, 0 bytes spill loads" in said
     assert "serialized" not in said
+
+
+@pytest.mark.parametrize("dtype, dim, dropout", [
+    (torch.bfloat16, 64, Dropout(0.3, torch.tensor([20221005, -7], dtype=torch.int32))),
+    (torch.float16, 24, None),
+], ids=str)  # fmt: skip
+def test_the_compiled_code_for_ampere_equals_the_reference_in_fp64(
+    dtype, dim, dropout, monkeypatch
+):
+    execute_kernels(monkeypatch, triton_kernels, "A100")
+    monkeypatch.setattr(triton, "_limits", lambda device: tuple(A100.values()))
+    samples = samples_from([[(137, 70), (1, 0), (1, 1), (60, 60)]])
+    mixed, grad = (x.to(dtype) for x in random_inputs(samples, 2, dim))
+    exact = run("reference", mixed.double(), grad.double(), samples, dropout)
+    for actual, expected in zip(run("triton", mixed, grad, samples, dropout), exact, strict=True):
+        error = (actual.double() - expected).abs().max()
+        # Probabilities and their gradients are rounded before products, and what comes of them.
+        assert error <= torch.finfo(dtype).eps * expected.abs().max()
 
 
 def test_the_hash_has_one_set_of_constants():
