@@ -50,8 +50,9 @@ def _field(a, position, count):
 
 
 COMPARISONS = {
-    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "gt": np.greater, "ge": np.greater_equal,
-    # Also where either is NaN; where neither is.
+    "eq": np.equal, "lt": np.less, "gt": np.greater, "ge": np.greater_equal,
+    # Of NaN none holds but ltu; num says that there is none.
+    "ne": lambda a, b: (a < b) | (a > b),
     "ltu": lambda a, b: ~(a >= b), "num": lambda a, b: ~(np.isnan(a) | np.isnan(b)),
 }  # fmt: skip
 # Of an instruction without its type: the types of its result and of its operands (t: its own, w:
@@ -72,9 +73,9 @@ ARITHMETIC = {
     "min": ("ttt", np.fmin),
     "max": ("ttt", np.fmax),
     "neg": ("tt", np.negative),
-    "abs": ("tt", np.abs),
+    "abs.ftz": ("tt", np.abs),
     "sqrt.rn": ("tt", np.sqrt),
-    "rsqrt.approx": ("tt", lambda a: 1 / np.sqrt(a.astype(np.float64))),
+    "rsqrt.approx.ftz": ("tt", lambda a: 1 / np.sqrt(a.astype(np.float64))),
     "ex2.approx": ("tt", lambda a: np.exp2(a.astype(np.float64))),
     "not": ("tt", np.invert),
     "and": ("ttt", np.bitwise_and),
@@ -86,6 +87,4 @@ ARITHMETIC = {
     "bfe": ("ttuu", _field),
     "selp": ("tttp", lambda a, b, which: np.where(which, a, b)),
 } | {f"setp.{name}": ("ptt", compare) for name, compare in COMPARISONS.items()}
-# Flushed to zero or not: see above.
-ARITHMETIC |= {f"{name}.ftz": ARITHMETIC[name] for name in ("abs", "fma.rn", "ex2.approx",
-                                                            "rsqrt.approx")}  # fmt: skip
+ARITHMETIC |= {f"{name}.ftz": ARITHMETIC[name] for name in ("fma.rn", "ex2.approx")}

@@ -291,7 +291,7 @@ OTHERS = {
     for name, method in (
         ("ldmatrix", Machine._load_matrices), ("stmatrix", Machine._store_matrices),
     )
-    for count in ("x1", "x2", "x4") for kind in ("", ".trans")
+    for count in ("x1", "x4") for kind in ("", ".trans")
 } | {
     f"mma.sync.aligned.m16n8k16.row.col.f32.{of}.{of}.f32": partial(Machine._multiply, of=of)
     for of in ("f16", "bf16")
