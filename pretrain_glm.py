@@ -59,7 +59,10 @@ from megatron_glm.training.hooks import (  # noqa: E402
     skip_warm_up,
 )
 from megatron_glm.training.loss import LossParts, token_loss  # noqa: E402
-from megatron_glm.training.optimizer import provide_fused_optimizer  # noqa: E402
+from megatron_glm.training.optimizer import (  # noqa: E402
+    provide_fused_optimizer,
+    uses_split_adam,
+)
 from megatron_glm.training.run_length import num_training_sequences  # noqa: E402
 from megatron_glm.training.save_errors import put_save_errors_in_words  # noqa: E402
 from megatron_glm.training.save_lock import saving_alone  # noqa: E402
@@ -92,7 +95,7 @@ def model_config_from_args(args: Namespace) -> GLMModelConfig:
         choose_attention_backend: True,
         check_mask_conformance: args.mask_conformance_check,
         check_kernel_conformance: args.kernel_conformance_check,
-        check_split_adam: args.kernel_conformance_check and args.use_precision_aware_optimizer,
+        check_split_adam: args.kernel_conformance_check and uses_split_adam(args),
     }
     config.post_wrap_hooks += [
         partial(

@@ -5,6 +5,7 @@ falls back on torch's AdamW in a form of eight passes over the weights, 80 bytes
 28, and on loops over the parameters: that for the gradient's norm waits for the device each time.
 """
 
+from argparse import Namespace
 from collections.abc import Iterable
 from typing import Any
 
@@ -38,6 +39,11 @@ def adam(
     """The Adam of a run: use_decoupled_grad is how Megatron asks by --use-precision-aware-optimizer
     for one that holds the main weights itself."""
     return (SplitAdam if use_decoupled_grad else FusedAdam)(params, **options)
+
+
+def uses_split_adam(args: Namespace) -> bool:
+    """Whether it will be SplitAdam: asked for, and not Transformer Engine's."""
+    return args.use_precision_aware_optimizer and megatron_optimizer.Adam is adam
 
 
 class FusedAdam(torch.optim.Adam):

@@ -4,13 +4,15 @@ Whole runs by it: test_resume.py. Its kernel: interpreted_split_adam.py.
 """
 
 import copy
+from argparse import Namespace
 
 import pytest
 import torch
+from megatron.core import optimizer as megatron_optimizer
 
 from megatron_glm.errors import FlagError
 from megatron_glm.model.fused.conformance import KernelConformanceError
-from megatron_glm.training import split_adam_kernel
+from megatron_glm.training import optimizer, split_adam_kernel
 from megatron_glm.training.optimizer import FusedAdam
 from megatron_glm.training.split_adam import (
     MAIN_WEIGHT,
@@ -187,6 +189,15 @@ def test_the_compiled_kernel_takes_the_steps_of_torch(
     torch.testing.assert_close(found[0], expected[0], rtol=0, atol=3 * 2**-21, equal_nan=True)
     eps = torch.finfo(moments).eps
     torch.testing.assert_close(found[1:], expected[1:], rtol=eps, atol=2**-22, equal_nan=True)
+
+
+@pytest.mark.parametrize("asked, own, uses", [
+    (True, optimizer.adam, True), (True, torch.optim.Adam, False), (False, optimizer.adam, False),
+])  # fmt: skip
+def test_another_adam_that_holds_main_weights_is_left_alone(asked, own, uses, monkeypatch):
+    monkeypatch.setattr(megatron_optimizer, "Adam", own)
+    args = Namespace(use_precision_aware_optimizer=asked)
+    assert optimizer.uses_split_adam(args) is uses
 
 
 @pytest.mark.gpu
