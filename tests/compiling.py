@@ -11,6 +11,8 @@ from triton.compiler import ASTSource, CompiledKernel
 
 GPUS = {"H100": 90, "A100": 80}
 """Compute capabilities, times ten."""
+NO_SPILLS = "0 bytes spill stores, 0 bytes spill loads"
+"""What the assembler says of a program whose registers suffice."""
 
 
 def compile_kernel(
@@ -22,7 +24,8 @@ def compile_kernel(
     Args:
         kernel: the function under `triton.jit`.
         arguments: of each by name its type, as "*bf16" or "i32", or as a number its constant.
-            Pointers and integers are taken for multiples of 16, but "i32!" for any number.
+            Pointers and integers are taken for multiples of 16, but "i32!" for any number. A
+            string that is a constant must be a `tl.constexpr`.
         num_warps: warps of a program.
         gpu: a key of GPUS.
         options: more of the compiler's, as num_stages.
@@ -46,16 +49,16 @@ def compile_kernel(
 
 def assert_no_spills(program: CompiledKernel, folder: Path, gpu: str = "H100") -> None:
     """Assembles the program, in `folder`, and reads what the assembler says of registers."""
-    said = _assemble(program, folder, gpu)
-    assert "0 bytes spill stores, 0 bytes spill loads" in said, said
+    said = assemble(program, folder, gpu)
+    assert NO_SPILLS in said, said
 
 
 def registers_of(program: CompiledKernel, folder: Path, gpu: str = "H100") -> int:
     """Registers of a thread of the program, which is assembled in `folder`."""
-    return int(re.search(r"Used (\d+) registers", _assemble(program, folder, gpu))[1])
+    return int(re.search(r"Used (\d+) registers", assemble(program, folder, gpu))[1])
 
 
-def _assemble(program: CompiledKernel, folder: Path, gpu: str) -> str:
+def assemble(program: CompiledKernel, folder: Path, gpu: str = "H100") -> str:
     """What the assembler says of a program."""
     ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
     if not ptxas.exists():

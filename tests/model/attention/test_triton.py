@@ -4,82 +4,59 @@ has no tensor cores that are asynchronous. More results: interpreted_triton.py.
 On a GPU, test_backends.py and test_conformance.py run them as well.
 """
 
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
+import triton.language as tl
 
 from megatron_glm.model import dropout, dropout_kernels
 from megatron_glm.model.attention import triton, triton_kernels
 from megatron_glm.model.dropout import Dropout
+from tests.compiling import NO_SPILLS, assemble, compile_kernel
 from tests.model.attention.packs import random_inputs, run, samples_from
 from tests.ptx.kernel import execute_kernels
 
-pytest.importorskip("triton")
-H100 = {"capability": (9, 0), "shared_memory": 232448}
-A100 = {"capability": (8, 0), "shared_memory": 166912}
+LIMITS = {
+    "H100": {"capability": (9, 0), "shared_memory": 232448},
+    "A100": {"capability": (8, 0), "shared_memory": 166912},
+}
 
 
-def compiled(kernel: str, dims: int, has_dropout: bool, capability, shared_memory):
+def compiled(kernel: str, dims: int, has_dropout: bool, gpu: str):
     """A kernel for bf16, compiled for a GPU that need not be there."""
-    from triton import compile as compile_for
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     function = getattr(triton_kernels, kernel)
-    launch = triton.launch_of(kernel, dims, 2, capability, shared_memory)
-    constants = {"HEAD_DIM": dims, "DIMS": dims, "DROPOUT": has_dropout, "PRECISION": "tf32",
-                 "BLOCK_M": launch.BLOCK_M, "BLOCK_N": launch.BLOCK_N}
+    launch = triton.launch_of(kernel, dims, 2, **LIMITS[gpu])
+    constants = {"HEAD_DIM": dims, "DIMS": dims, "DROPOUT": has_dropout,
+                 "PRECISION": tl.constexpr("tf32"), "BLOCK_M": launch.BLOCK_M,
+                 "BLOCK_N": launch.BLOCK_N}  # fmt: skip
     words = ("key_start", "key_end", "query_start", "query_end", "seed")
 
     def type_of(name):
-        if name in constants:
-            return "constexpr"
         if name.endswith("_pointer"):
             kind = name.removesuffix("_pointer")
             return "*fp32" if kind in ("lse", "delta") else "*i32" if kind in words else "*bf16"
-        return "fp32" if name in ("scale", "softmax_scale", "keep_factor") else "i32"
+        if name in ("scale", "softmax_scale", "keep_factor"):
+            return "fp32"
+        return "i32!" if name in ("num_heads", "threshold") else "i32"
 
-    names = function.arg_names
-    aligned = [i for i, name in enumerate(names) if type_of(name)[0] in "*i" and name not in
-               ("num_heads", "threshold")]
-    return compile_for(
-        ASTSource(
-            function,
-            {name: type_of(name) for name in names},
-            {(names.index(name),): value for name, value in constants.items()},
-            {(i,): [["tt.divisibility", 16]] for i in aligned},
-        ),
-        target=GPUTarget("cuda", 10 * capability[0] + capability[1], 32),
-        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+    types = {name: type_of(name) for name in function.arg_names}
+    return compile_kernel(
+        function, types | constants, launch.num_warps, gpu, num_stages=launch.num_stages
     )
 
 
-@pytest.mark.parametrize("gpu", [H100, A100], ids=["H100", "A100"])
+@pytest.mark.parametrize("gpu", LIMITS)
 @pytest.mark.parametrize("kernel", ["forward", "backward_queries", "backward_keys"])
 def test_kernels_compile_and_fit_the_shared_memory(kernel, gpu):
-    program = compiled(kernel, 128, True, **gpu)
-    assert program.metadata.shared <= gpu["shared_memory"]
+    program = compiled(kernel, 128, True, gpu)
+    assert program.metadata.shared <= LIMITS[gpu]["shared_memory"]
     # Hopper's own matrix instruction, or its speed is out of reach.
-    assert ("wgmma" in program.asm["ptx"]) == (gpu is H100)
+    assert ("wgmma" in program.asm["ptx"]) == (gpu == "H100")
 
 
 @pytest.mark.parametrize("kernel", ["forward", "backward_queries", "backward_keys"])
 def test_code_for_hopper_neither_spills_nor_serialises(kernel, tmp_path):
-    import triton as package
-
-    ptxas = Path(package.__file__).parent / "backends/nvidia/bin/ptxas"
-    if not ptxas.exists():
-        pytest.skip("this build of Triton brings no ptxas")
-    source = tmp_path / "kernel.ptx"
-    source.write_text(compiled(kernel, 128, False, **H100).asm["ptx"])
-    said = subprocess.run(
-        [ptxas, "-v", "--gpu-name=sm_90a", source, "-o", tmp_path / "kernel.cubin"],
-        capture_output=True, text=True, check=True,
-    ).stderr
-    assert "0 bytes spill stores, 0 bytes spill loads" in said
-    assert "serialized" not in said
+    said = assemble(compiled(kernel, 128, False, "H100"), tmp_path)
+    assert NO_SPILLS in said and "serialized" not in said
 
 
 @pytest.mark.parametrize("dtype, dim, dropout", [
@@ -90,7 +67,7 @@ def test_the_compiled_code_for_ampere_equals_the_reference_in_fp64(
     dtype, dim, dropout, monkeypatch
 ):
     execute_kernels(monkeypatch, triton_kernels, "A100")
-    monkeypatch.setattr(triton, "_limits", lambda device: tuple(A100.values()))
+    monkeypatch.setattr(triton, "_limits", lambda device: tuple(LIMITS["A100"].values()))
     samples = samples_from([[(137, 70), (1, 0), (1, 1), (60, 60)]])
     mixed, grad = (x.to(dtype) for x in random_inputs(samples, 2, dim))
     exact = run("reference", mixed.double(), grad.double(), samples, dropout)
@@ -107,7 +84,9 @@ def test_the_hash_has_one_set_of_constants():
         assert getattr(dropout_kernels, name).value == word % 2**32
 
 
-@pytest.mark.parametrize("gpu", [H100, A100, {"capability": (7, 5), "shared_memory": 65536}])
+@pytest.mark.parametrize("gpu", [
+    *LIMITS.values(), {"capability": (7, 5), "shared_memory": 65536},
+])  # fmt: skip
 @pytest.mark.parametrize("element_size", [2, 4])
 @pytest.mark.parametrize("dims", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("kernel", ["forward", "backward_queries", "backward_keys"])
