@@ -25,6 +25,11 @@ class FlagError(GLMError):
     is_everywhere = True
 
 
+def flag_of(dest: str) -> str:
+    """The flag of an attribute of the parsed arguments, as errors name it."""
+    return f"--{dest.replace('_', '-')}"
+
+
 @contextmanager
 def exit_with_one_line(
     *more: type[Exception], rank: int = 0, local_rank: int = 0, after_interrupt: str = ""

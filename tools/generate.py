@@ -35,7 +35,7 @@ from megatron_glm.data.tokenizer import (  # noqa: E402
     TOKENIZER_TYPES,
     build_tokenizer,
 )
-from megatron_glm.errors import GLMError, exit_with_one_line  # noqa: E402
+from megatron_glm.errors import GLMError, exit_with_one_line, flag_of  # noqa: E402
 from megatron_glm.inference.generation import Filler, run  # noqa: E402
 from megatron_glm.inference.layout import Layout, default_device, process_group  # noqa: E402
 from megatron_glm.inference.loading import load_filler  # noqa: E402
@@ -91,7 +91,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         ("seed", int, "of the draws"),
     ):
         default = getattr(defaults, name)
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default,
+        group.add_argument(flag_of(name), type=kind, default=default,
                            help=f"{text}; default: {default}")
     group.add_argument("--max-batch-size", type=int, default=16,
                        help="texts, or beams of all texts, at a time; default: 16")
@@ -180,9 +180,7 @@ def search_config(args: argparse.Namespace, seed: int) -> SearchConfig:
         return SearchConfig(**values | {"seed": seed})
     except GLMError as error:
         names = "|".join(values)
-        in_flags = re.sub(
-            rf"\b({names})\b", lambda name: f"--{name[0].replace('_', '-')}", str(error)
-        )
+        in_flags = re.sub(rf"\b({names})\b", lambda name: flag_of(name[0]), str(error))
         raise GLMError(in_flags) from error
 
 
@@ -216,7 +214,7 @@ def check_args(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if not least <= value <= most:
             rule = f"at least {least}" if most == sys.maxsize else f"from {least} to {most}"
-            raise GLMError(f"--{name.replace('_', '-')} {value}: must be {rule}")
+            raise GLMError(f"{flag_of(name)} {value}: must be {rule}")
 
 
 def generate(args: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatr
 from megatron.core.datasets.utils import Split, get_blend_from_list
 
 from megatron_glm.data.blank_infilling import OBJECTIVE_NAMES, Objective
-from megatron_glm.errors import GLMError
+from megatron_glm.errors import GLMError, flag_of
 
 # Rows of samples for each token of a sequence, unless --max-samples-per-sequence says otherwise.
 _TOKENS_PER_ROW = 32
@@ -122,8 +122,7 @@ class GLMDatasetConfig(GLMDataArguments, BlendedMegatronDatasetConfig):
     def _check_ranges(self) -> None:
         def check(name: str, is_right: bool, rule: str) -> None:
             if not is_right:
-                flag = "--" + name.replace("_", "-")
-                raise DataError(f"{flag} {getattr(self, name)}: {rule}")
+                raise DataError(f"{flag_of(name)} {getattr(self, name)}: {rule}")
 
         for name in ("gpt_prob", "sentence_mask_prob", "short_seq_prob", "single_span_prob",
                      "min_gmask_ratio", "multitask_ratio"):

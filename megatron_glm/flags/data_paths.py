@@ -5,7 +5,7 @@ from argparse import Namespace
 from math import inf
 from pathlib import Path
 
-from megatron_glm.errors import FlagError
+from megatron_glm.errors import FlagError, flag_of
 
 PARTS = ("train", "valid", "test")
 
@@ -33,7 +33,7 @@ def check_data_paths(args: Namespace) -> None:
         )
     for part in ("data", *(f"{part}_data" for part in PARTS), "multitask_data"):
         items = getattr(args, f"{part}_path") or []
-        _check_weights(f"--{part.replace('_', '-')}-path {' '.join(items)}", items)
+        _check_weights(f"{flag_of(part)}-path {' '.join(items)}", items)
     shares = [_number(share) for share in (args.split or "1").split(",")]
     if (
         len(shares) > 3

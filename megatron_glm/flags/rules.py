@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
-from megatron_glm.errors import FlagError
+from megatron_glm.errors import FlagError, flag_of
 from megatron_glm.flags.data_paths import check_data_files, check_data_paths
 from megatron_glm.flags.fixed import RULES
 from megatron_glm.model.attention.backends import BACKENDS
@@ -100,26 +100,16 @@ def check_flags(args: Namespace) -> None:
         for dest in dests:
             value = getattr(args, dest)
             if value is not None and not holds(value):
-                raise FlagError(f"--{dest.replace('_', '-')} {value}: {rule}")
+                raise FlagError(f"{flag_of(dest)} {value}: {rule}")
     for dest, other, is_given in NEEDS:
         value = getattr(args, dest)
         if value and not is_given(args):
-            flag = _show(f"--{dest.replace('_', '-')}", value)
+            flag = _show(flag_of(dest), value)
             raise FlagError(f"{flag}: does nothing without {other}; add that or drop the flag")
     _check_rates(args)
     _check_sensors(args)
     _check_recomputation(args)
-    if args.use_precision_aware_optimizer:
-        if not args.use_distributed_optimizer:
-            raise FlagError(
-                "--use-precision-aware-optimizer: is part of --use-distributed-optimizer; add "
-                "that, also for one data parallel rank"
-            )
-        if args.log_params_norm:
-            raise FlagError(
-                "--log-params-norm with --use-precision-aware-optimizer: Megatron would print 0, "
-                "since it looks for whole main weights; drop either"
-            )
+    _check_precision_aware_optimizer(args)
     if args.glm_attention_backend not in ("auto", *BACKENDS):
         raise FlagError(
             f"--glm-attention-backend {args.glm_attention_backend}: must be auto or one of "
@@ -164,7 +154,7 @@ def _check_sensors(args: Namespace) -> None:
                 import_module("pynvml")
             except ImportError as error:
                 raise FlagError(
-                    f"--{dest.replace('_', '-')}: pynvml reads the sensors, without which Megatron "
+                    f"{flag_of(dest)}: pynvml reads the sensors, without which Megatron "
                     "logs 0 or ends at its first report; pip install nvidia-ml-py or drop the flag"
                 ) from error
 
@@ -173,7 +163,7 @@ def _check_rates(args: Namespace) -> None:
     for dest in ("min_lr", "lr_warmup_init"):
         if args.lr is not None and getattr(args, dest) > args.lr:
             raise FlagError(
-                f"--{dest.replace('_', '-')} {getattr(args, dest)}: must be at most --lr {args.lr}"
+                f"{flag_of(dest)} {getattr(args, dest)}: must be at most --lr {args.lr}"
             )
     lowest = args.min_lr if args.decoupled_min_lr is None else args.decoupled_min_lr
     if args.decoupled_lr is not None and lowest > args.decoupled_lr:
@@ -192,7 +182,7 @@ def _check_schedule(args: Namespace) -> None:
         for flag in ("lr_decay", "lr_warmup", "lr_wsd_decay"):
             value = getattr(args, f"{flag}_{other}")
             if value and getattr(args, f"train_{unit}"):
-                flag = f"--{flag.replace('_', '-')}"
+                flag = flag_of(flag)
                 raise FlagError(
                     f"{flag}-{other} {value} with --train-{unit}: a schedule counts in one unit; "
                     f"give {flag}-{unit}"
@@ -237,6 +227,21 @@ def _check_recomputation(args: Namespace) -> None:
         raise FlagError(
             f"{own} with --transformer-impl transformer_engine: what its linears keep has never "
             "been replaced; drop either"
+        )
+
+
+def _check_precision_aware_optimizer(args: Namespace) -> None:
+    if not args.use_precision_aware_optimizer:
+        return
+    if not args.use_distributed_optimizer:
+        raise FlagError(
+            "--use-precision-aware-optimizer: is part of --use-distributed-optimizer; add that, "
+            "also for one data parallel rank"
+        )
+    if args.log_params_norm:
+        raise FlagError(
+            "--log-params-norm with --use-precision-aware-optimizer: Megatron would print 0, since "
+            "it looks for whole main weights; drop either"
         )
 
 
@@ -288,7 +293,7 @@ def check_required(args: Namespace, dests: Iterable[str] = REQUIRED) -> None:
     """Raises FlagError where one of `dests`, keys of REQUIRED, is not given."""
     for dest in dests:
         if getattr(args, dest) is None:
-            raise FlagError(f"--{dest.replace('_', '-')} is missing: {REQUIRED[dest]}")
+            raise FlagError(f"{flag_of(dest)} is missing: {REQUIRED[dest]}")
 
 
 def check_start(args: Namespace) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from megatron.training.models import GPTModelConfig
 
-from megatron_glm.errors import GLMError
+from megatron_glm.errors import GLMError, flag_of
 
 
 @dataclass
@@ -70,19 +70,16 @@ class GLMArchitecture:
                 "--no-deepnorm: this model has no other residual than DeepNorm's; leave it on"
             )
         for flag in ("alpha", "initial_alpha"):
-            value = getattr(self, f"shrink_embedding_gradient_{flag}")
+            name = f"shrink_embedding_gradient_{flag}"
+            value = getattr(self, name)
             if value is not None and not 0.0 < value <= 1.0:
                 raise GLMError(
-                    f"--shrink-embedding-gradient-{flag.replace('_', '-')} {value}: must lie in "
-                    "(0, 1]; 1 turns the shrink off"
+                    f"{flag_of(name)} {value}: must lie in (0, 1]; 1 turns the shrink off"
                 )
         for flag in ("ramp_start_samples", "ramp_samples"):
-            value = getattr(self, f"shrink_embedding_gradient_{flag}")
-            if value < 0:
-                raise GLMError(
-                    f"--shrink-embedding-gradient-{flag.replace('_', '-')} {value}: must be 0 or "
-                    "more"
-                )
+            name = f"shrink_embedding_gradient_{flag}"
+            if (value := getattr(self, name)) < 0:
+                raise GLMError(f"{flag_of(name)} {value}: must be 0 or more")
 
 
 @dataclass

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from megatron_glm.errors import GLMError
+from megatron_glm.errors import GLMError, flag_of
 
 
 class PlanError(GLMError):
@@ -180,8 +180,7 @@ def job_from_args(args: Namespace) -> Job:
     for dest, covered in NOT_FORECAST.items():
         value = getattr(args, dest, covered)
         if value != covered:
-            flag = "--" + dest.replace("_", "-")
-            raise PlanError(f"{flag} {value}: not forecast; plan without it")
+            raise PlanError(f"{flag_of(dest)} {value}: not forecast; plan without it")
     for module in args.recompute_modules or ():
         if module not in RECOMPUTE_MODULES:
             raise PlanError(f"--recompute-modules {module}: not forecast; plan without it")

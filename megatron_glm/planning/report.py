@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
+from megatron_glm.errors import flag_of
 from megatron_glm.planning.job import Job
 from megatron_glm.planning.memory import GIB, MemoryForecast
 from megatron_glm.planning.operations import forward_operations
@@ -145,7 +146,7 @@ def flags(plan: Plan) -> list[str]:
         "recompute_granularity", "recompute_method", "recompute_num_layers",
     ):  # fmt: skip
         if (value := getattr(job, name)) is not None:
-            words += [f"--{name.replace('_', '-')}", str(value)]
+            words += [flag_of(name), str(value)]
     if job.recompute_granularity == "selective":
         words += ["--recompute-modules", *job.recompute_modules]
     if job.num_chunks > 1:
@@ -157,7 +158,7 @@ def flags(plan: Plan) -> list[str]:
         "glm_recompute_norms_and_geglu",
     ):  # fmt: skip
         if getattr(job, name):
-            words.append(f"--{name.replace('_', '-')}")
+            words.append(flag_of(name))
     if plan.rounds_ramp:
         words.append("--decrease-batch-size-if-needed")
     return words

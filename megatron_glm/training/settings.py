@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from megatron_glm.data.config import CUTTING_FLAGS
-from megatron_glm.errors import GLMError
+from megatron_glm.errors import GLMError, flag_of
 from megatron_glm.training.save_errors import whole_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -194,7 +194,7 @@ def _check_checkpoint(args: Namespace, directory: str) -> None:
 
 def _check_cut(args: Namespace, saved: Namespace, directory: str) -> None:
     changes = [
-        f"--{name.replace('_', '-')} {before} there, {getattr(args, name)} here"
+        f"{flag_of(name)} {before} there, {getattr(args, name)} here"
         for name in CUTTING_FLAGS
         if (before := getattr(saved, name, getattr(args, name))) != getattr(args, name)
     ]

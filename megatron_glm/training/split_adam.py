@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import adam
 
-from megatron_glm.errors import FlagError
+from megatron_glm.errors import FlagError, flag_of
 from megatron_glm.training.optimizer_state import with_steps_by_weight
 
 HALF = 1 << 15
@@ -195,6 +195,6 @@ def _check_dtypes(main_weight: torch.dtype, moments: dict[str, torch.dtype]) -> 
     for name, dtype in moments.items():
         if dtype not in MOMENT_DTYPES:
             raise FlagError(
-                f"--{name.replace('_', '-')}-dtype {dtype}: must be fp32 or bf16 without "
+                f"{flag_of(name)}-dtype {dtype}: must be fp32 or bf16 without "
                 "Transformer Engine, which scales what needs it"
             )
