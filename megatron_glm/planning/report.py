@@ -152,13 +152,16 @@ def flags(plan: Plan) -> list[str]:
     if job.num_chunks > 1:
         words += ["--num-virtual-stages-per-pipeline-rank", str(job.num_chunks)]
     for name in (
-        "sequence_parallel", "use_distributed_optimizer", "overlap_grad_reduce",
-        "overlap_param_gather", "account_for_embedding_in_pipeline_split",
+        "sequence_parallel", "use_distributed_optimizer", "use_precision_aware_optimizer",
+        "overlap_grad_reduce", "overlap_param_gather", "account_for_embedding_in_pipeline_split",
         "account_for_loss_in_pipeline_split", "distribute_saved_activations",
         "glm_recompute_norms_and_geglu",
     ):  # fmt: skip
         if getattr(job, name):
             words.append(flag_of(name))
+    for name in ("exp_avg_dtype", "exp_avg_sq_dtype"):
+        if (dtype := getattr(job, name)) != "fp32":
+            words += [flag_of(name), dtype]
     if plan.rounds_ramp:
         words.append("--decrease-batch-size-if-needed")
     return words

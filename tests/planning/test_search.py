@@ -1,5 +1,7 @@
 """The search: what it offers can be started, fits, and is what experience chose."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_glm.planning.cluster import Cluster, find_gpu
@@ -140,3 +142,6 @@ def test_flags_name_every_choice(best):
     assert words[:2] == ["--tensor-model-parallel-size",
                          str(best[0].job.tensor_model_parallel_size)]
     assert "--sequence-parallel" in words and "--use-distributed-optimizer" in words
+    job = best[0].job.with_(use_precision_aware_optimizer=True, exp_avg_dtype="bf16")
+    added = [word for word in flags(replace(best[0], job=job)) if word not in words]
+    assert added == ["--use-precision-aware-optimizer", "--exp-avg-dtype", "bf16"]
