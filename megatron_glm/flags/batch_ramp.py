@@ -2,26 +2,25 @@
 
 import logging
 from argparse import Namespace
-from bisect import bisect
 from itertools import pairwise
 
 from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
 from megatron_glm.errors import FlagError
-from megatron_glm.flags.rules import SMALLEST_BATCH, check_first_step, smallest_batch
+from megatron_glm.flags.rules import check_first_step, smallest_batch_of
+from megatron_glm.planning.batch_sizes import SMALLEST_BATCH, schedule_of_ramp
 
 
 def ramp_batch_size(args: Namespace) -> None:
-    """Settles the schedule of batch sizes where one is asked for, and ends the run by a whole step.
+    """Settles the schedule of batch sizes where one is asked for.
 
     Megatron parses --rampup-batch-size, and trains with the last batch size from the first step on.
-    With --step-batch-size-schedule it begins a last step, and finds no samples for it.
     FlagError where the batch cannot grow so, on these ranks or at all.
     """
     if args.rampup_batch_size:
-        schedule = _read_ramp(args, smallest_batch(args))
+        schedule = _read_ramp(args, smallest_batch_of(args))
     elif args.step_batch_size_schedule:
-        schedule = _read_steps(args, smallest_batch(args))
+        schedule = _read_steps(args, smallest_batch_of(args))
     else:
         return
     check_first_step(args, schedule[0][1])
@@ -29,7 +28,6 @@ def ramp_batch_size(args: Namespace) -> None:
     args.step_batch_size_schedule = " ".join(
         f"{begin * args.seq_length}:{size}" for begin, size in schedule
     )
-    args.train_samples = samples_of_whole_steps(schedule, args.train_samples)
     # Beside a schedule Megatron refuses what was given as --global-batch-size, but needs the value,
     # and refuses to round.
     args.global_batch_size = schedule[-1][1]
@@ -59,10 +57,7 @@ def _read_ramp(args: Namespace, whole: int) -> list[tuple[int, int]]:
             f"{flag}: must have batches divisible by {whole}, {SMALLEST_BATCH}; give others, or "
             "--decrease-batch-size-if-needed, which rounds them"
         )
-    return [
-        (begin, size // whole * whole)
-        for begin, size in schedule_of_ramp(start, increment, samples, last)
-    ]
+    return schedule_of_ramp(start, increment, samples, last, whole)
 
 
 def _read_steps(args: Namespace, whole: int) -> list[tuple[int, int]]:
@@ -91,22 +86,3 @@ def _read_steps(args: Namespace, whole: int) -> list[tuple[int, int]]:
             f"{SMALLEST_BATCH}"
         )
     return schedule
-
-
-def schedule_of_ramp(
-    start: int, increment: int, samples: int, last: int
-) -> list[tuple[int, int]]:
-    """From how many consumed samples on a batch has which size: from `start` in equal shares of
-    `samples` to `last`, by whole increments."""
-    sizes = range(start, last, increment)
-    shares = [(-(-samples * i // len(sizes)), size) for i, size in enumerate(sizes)]
-    return [*shares, (samples, last)]
-
-
-def samples_of_whole_steps(schedule: list[tuple[int, int]], samples: int) -> int:
-    """What the steps of a run of at most so many samples consume."""
-    begins, sizes = zip(*schedule, strict=True)
-    consumed = 0
-    while (after := consumed + sizes[bisect(begins, consumed) - 1]) <= samples:
-        consumed = after
-    return consumed

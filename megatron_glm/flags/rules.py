@@ -13,6 +13,7 @@ from megatron_glm.errors import FlagError, flag_of
 from megatron_glm.flags.data_paths import check_data_files, check_data_paths
 from megatron_glm.flags.fixed import RULES
 from megatron_glm.model.attention.backends import BACKENDS
+from megatron_glm.planning.batch_sizes import SMALLEST_BATCH, smallest_batch
 
 
 class Range(NamedTuple):
@@ -249,10 +250,9 @@ def _check_batch_size(args: Namespace) -> None:
     models = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
     whole = args.global_batch_size
     if args.micro_batch_size and whole and args.world_size % models == 0:
-        if whole % smallest_batch(args):
+        if whole % (smallest := smallest_batch_of(args)):
             raise FlagError(
-                f"--global-batch-size {whole}: must be divisible by {smallest_batch(args)}, "
-                f"{SMALLEST_BATCH}"
+                f"--global-batch-size {whole}: must be divisible by {smallest}, {SMALLEST_BATCH}"
             )
     if not args.rampup_batch_size:
         check_first_step(args, whole)
@@ -267,15 +267,11 @@ def check_first_step(args: Namespace, size: int | None) -> None:
         )
 
 
-SMALLEST_BATCH = "--micro-batch-size x data parallel ranks (x pipeline stages that interleave)"
-
-
-def smallest_batch(args: Namespace) -> int:
-    """Sequences of which every step must have a multiple: a micro-batch on every data parallel
-    rank, and in pipeline stages that interleave one for every stage too."""
+def smallest_batch_of(args: Namespace) -> int:
+    """Sequences of which every step of these flags must have a multiple."""
     pp = args.pipeline_model_parallel_size
     dp = args.world_size // (args.tensor_model_parallel_size * pp)
-    return args.micro_batch_size * dp * (pp if pp > 1 and _interleaves(args) else 1)
+    return smallest_batch(args.micro_batch_size, dp, pp, _interleaves(args))
 
 
 def _interleaves(args: Namespace) -> bool:

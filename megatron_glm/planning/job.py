@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from megatron_glm.errors import GLMError, flag_of
+from megatron_glm.planning.batch_sizes import SMALLEST_BATCH, smallest_batch
 
 
 class PlanError(GLMError):
@@ -110,9 +111,8 @@ class Job:
     @property
     def smallest_batch(self) -> int:
         """Sequences of which every step must have a multiple."""
-        # Megatron interleaves groups of as many micro-batches as there are stages.
-        stages = self.pipeline_model_parallel_size if self.num_chunks > 1 else 1
-        return self.micro_batch_size * self.data_parallel_size * stages
+        return smallest_batch(self.micro_batch_size, self.data_parallel_size,
+                              self.pipeline_model_parallel_size, self.num_chunks > 1)  # fmt: skip
 
     @property
     def num_microbatches(self) -> int:
@@ -149,7 +149,7 @@ class Job:
         return replace(self, **changes)
 
     def _check_divisions(self) -> None:
-        t, p = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
+        t = self.tensor_model_parallel_size
         _divides("--tensor-model-parallel-size", t, "--num-attention-heads",
                  self.num_attention_heads)
         _divides("--tensor-model-parallel-size", t, "--ffn-hidden-size", self.ffn_hidden_size)
@@ -157,14 +157,11 @@ class Job:
         if self.sequence_parallel:
             _divides("--sequence-parallel at --tensor-model-parallel-size", t, "--seq-length",
                      self.seq_length)
-        per_step = self.micro_batch_size * self.data_parallel_size
-        _divides(f"--micro-batch-size {self.micro_batch_size} x data parallel size "
-                 f"{self.data_parallel_size} =", per_step, "--global-batch-size",
-                 self.global_batch_size)
-        if self.num_chunks > 1:
-            # With groups of p micro-batches, Megatron's default.
-            _divides("interleaving at --pipeline-model-parallel-size", p,
-                     "the number of micro-batches", self.num_microbatches)
+        if self.global_batch_size % self.smallest_batch:
+            raise PlanError(
+                f"--global-batch-size {self.global_batch_size}: must be divisible by "
+                f"{self.smallest_batch}, {SMALLEST_BATCH}"
+            )
 
 
 def _divides(flag: str, divisor: int, of: str, value: int) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 
+from megatron_glm.planning.batch_sizes import SMALLEST_BATCH
 from megatron_glm.planning.cluster import Cluster
 from megatron_glm.planning.job import Job, PlanError
 from megatron_glm.planning.memory import GIB, MemoryForecast, Overheads, rank_memory
@@ -48,8 +49,7 @@ class Plan:
         if self.run.ramp and self.run.ramp[0] < self.job.smallest_batch:
             raise PlanError(
                 f"--rampup-batch-size {' '.join(map(str, self.run.ramp))}: must begin with at "
-                f"least {self.job.smallest_batch}, --micro-batch-size x data parallel ranks (x "
-                "pipeline stages that interleave); begin with more, or raise "
+                f"least {self.job.smallest_batch}, {SMALLEST_BATCH}; begin with more, or raise "
                 "--tensor-model-parallel-size"
             )
 

@@ -6,7 +6,9 @@ after the other; communication that runs beside products takes what these leave 
 
 from dataclasses import dataclass
 
+from megatron_glm.model.target_rows import NUM_SIZES
 from megatron_glm.planning import activations
+from megatron_glm.planning.batch_sizes import schedule_of_ramp
 from megatron_glm.planning.cluster import Cluster
 from megatron_glm.planning.job import Job
 from megatron_glm.planning.operations import (
@@ -191,7 +193,7 @@ def logits_passes(job: Job, cluster: Cluster, shares: Shares) -> Passes:
     """Logits and loss of the targets of one micro-batch."""
     t, e, h = job.tensor_model_parallel_size, job.element_size, job.hidden_size
     # In sixteenths of a micro-batch, up to which their number is rounded.
-    targets = job.tokens * min(1.0, shares.targets + 1 / 32)
+    targets = job.tokens * min(1.0, shares.targets + 0.5 / NUM_SIZES)
     v = job.padded_vocab_size // t
     # The loss reads the logits, and reads them again to write their gradient; without kernels it
     # works on a copy in fp32 in seven passes. Hidden states are selected, their gradients spread
@@ -280,16 +282,13 @@ def train_seconds(
 
     ramp: --rampup-batch-size: first batch size, increment, and sequences until the last.
     """
-    full = step_time(job, cluster, shares).step
-    if ramp is None:
-        return samples / job.global_batch_size * full
-    start, increment, ramp_samples = ramp
-    sizes = range(start, job.global_batch_size, increment)
-    each, left, seconds = ramp_samples / max(len(sizes), 1), samples, 0.0
-    for size in sizes:
-        # As under --decrease-batch-size-if-needed.
-        size = size // job.smallest_batch * job.smallest_batch
-        share = min(each, left)
-        seconds += share / size * step_time(job.with_(global_batch_size=size), cluster, shares).step
-        left -= share
-    return seconds + left / job.global_batch_size * full
+    schedule = [(0, job.global_batch_size)]
+    if ramp is not None:
+        schedule = schedule_of_ramp(*ramp, job.global_batch_size, job.smallest_batch)
+    ends = [*(begin for begin, _ in schedule[1:]), samples]
+    seconds = 0.0
+    for (begin, size), end in zip(schedule, ends, strict=True):
+        consumed = max(min(end, samples) - begin, 0)
+        step = step_time(job.with_(global_batch_size=size), cluster, shares).step
+        seconds += consumed / size * step
+    return seconds

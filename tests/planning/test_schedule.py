@@ -85,12 +85,12 @@ def impossible(**changes) -> str:
 def test_what_megatron_would_not_start_is_refused_by_flag():
     assert impossible(tensor_model_parallel_size=3).startswith("--tensor-model-parallel-size 3")
     assert impossible(pipeline_model_parallel_size=3).startswith("--pipeline-model-parallel-size 3")
-    assert "--micro-batch-size 3" in impossible(micro_batch_size=3)
-    assert "--global-batch-size 15" in impossible(global_batch_size=15)
+    assert "16: must be divisible by 3, --micro-batch-size" in impossible(micro_batch_size=3)
+    assert impossible(global_batch_size=15).startswith("--global-batch-size 15: must be divisible")
     assert "3 virtual stages" in impossible(
         pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=3
     )
-    assert "micro-batches" in impossible(
+    assert "12: must be divisible by 8" in impossible(
         pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=2,
         global_batch_size=12,
     )  # fmt: skip
