@@ -20,17 +20,26 @@ def num_validation_sequences(args: Namespace) -> int:
 
 
 def evaluate_only_data() -> None:
-    """Has a split without data, such as validation with --split 99,0,1, left out: Megatron reads
-    from None where there is none for validation."""
+    """Has what there is no data of left out: a split, such as validation with --split 99,0,1, where
+    Megatron reads from None, and an objective or a source, of which it reports nan."""
     from megatron.training import training
 
-    evaluate = training.evaluate_and_print_results
+    evaluate, print_results = training.evaluate, training.evaluate_and_print_results
 
     @wraps(evaluate)
+    def evaluate_parts(*args, **kwargs) -> tuple:
+        losses, *rest = evaluate(*args, **kwargs)
+        # A model that has diverged shows so. Empty but on the last stage, None at a time limit.
+        if losses and not losses["lm loss"].isnan():
+            losses = {name: loss for name, loss in losses.items() if not loss.isnan()}
+        return losses, *rest
+
+    @wraps(print_results)
     def evaluate_data(prefix: str, forward_step: Any, data_iterator: Any, *args, **kwargs) -> None:
         # One for each virtual stage. Every rank reads for itself, and so has one where any has.
         stages = data_iterator if isinstance(data_iterator, list) else [data_iterator]
         if None not in stages:
-            evaluate(prefix, forward_step, data_iterator, *args, **kwargs)
+            print_results(prefix, forward_step, data_iterator, *args, **kwargs)
 
+    training.evaluate = evaluate_parts
     training.evaluate_and_print_results = evaluate_data

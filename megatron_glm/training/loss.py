@@ -18,7 +18,7 @@ class LossParts:
     Megatron divides a sum by a count for every name, in every step and on every rank alike; a
     step without a single token of some objective would put NaN into its log line. So each part
     carries its last value along with a vanishing weight; before the first, that of a uniform
-    guess, ln(vocabulary). Evaluation carries nothing: an objective without data reads nan.
+    guess, ln(vocabulary). Evaluation carries nothing; evaluation.py leaves out what had no data.
     """
 
     def __init__(

@@ -1,14 +1,18 @@
-"""Evaluation has data to the end of a run, and is left out where there is none."""
+"""Evaluation has data to the end of a run; what there is none of is left out, a split or a loss."""
 
 import contextlib
 import io
+import math
+import re
 from argparse import Namespace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from megatron.training import training
 
-from megatron_glm.training.evaluation import num_validation_sequences
+from megatron_glm.training.evaluation import evaluate_only_data, num_validation_sequences
 from tests.ranks import run_ranks
 from tests.training.pretraining import TINY, pretrain_on_this_rank
 
@@ -33,22 +37,49 @@ def test_a_run_that_goes_on_with_other_flags_has_validation_data_to_its_end(
     assert consumed + eval_iters * batch <= length  # With the evaluation after the last step.
 
 
-def evaluated(flags: list[str]) -> list[str]:
-    """The splits that a run evaluates."""
+@pytest.mark.parametrize("losses, reported", [
+    ({"lm loss": 2.0, "lm loss [MASK]": math.nan, "lm loss b": 3.0}, ["lm loss", "lm loss b"]),
+    ({"lm loss": math.nan, "lm loss [MASK]": math.nan}, ["lm loss", "lm loss [MASK]"]),
+    ({}, []),
+], ids=str)  # fmt: skip
+def test_what_had_no_data_is_not_reported(monkeypatch, losses, reported):
+    given = {name: torch.tensor(loss) for name, loss in losses.items()}
+    monkeypatch.setattr(training, "evaluate", lambda: (given, "data", False))
+    monkeypatch.setattr(training, "evaluate_and_print_results", print)
+    evaluate_only_data()
+    found, *rest = training.evaluate()
+    assert [*found] == reported and rest == ["data", False]
+
+
+def test_a_time_limit_ends_an_evaluation(monkeypatch):
+    monkeypatch.setattr(training, "evaluate", lambda: (None, None, True))
+    monkeypatch.setattr(training, "evaluate_and_print_results", print)
+    evaluate_only_data()
+    assert training.evaluate() == (None, None, True)
+
+
+def evaluated(flags: list[str]) -> list[list[str]]:
+    """The splits that a run evaluates, each with what it reports the losses of."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         pretrain_on_this_rank(flags)
-    return [line.split("|")[0] for line in out.getvalue().splitlines() if "loss at" in line]
+    return [
+        [line.split("|")[0].strip(), *re.findall(r"\| (lm loss[^:]*) value:", line)]
+        for line in out.getvalue().splitlines()
+        if "loss at" in line
+    ]
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("flags, expected", [
+@pytest.mark.parametrize("flags, split", [
     (["--split", "9,0,1", "--train-iters", "2"],
-     [" validation loss at iteration 2 on test set "]),
+     "validation loss at iteration 2 on test set"),
     (["--split", "0,0,1", "--skip-train", "--train-samples", "16"],
-     [" validation loss at iteration 0 on test set "]),
+     "validation loss at iteration 0 on test set"),
 ], ids=" ".join)  # fmt: skip
-def test_a_split_without_data_is_not_evaluated(corpus, flags, expected):
+def test_what_has_no_data_is_not_evaluated(corpus, flags, split):
+    # Of so few sequences none is a [MASK] one.
     run = [*TINY, *corpus.flags, "--lr-warmup-iters", "0", "--eval-iters", "1", "--eval-interval",
-           "1", "--eval-micro-batch-size", "4", *flags]  # fmt: skip
-    assert run_ranks(evaluated, run, world_size=1, initialize=False) == [expected]
+           "1", "--eval-micro-batch-size", "4", "--gpt-prob", "0.9999", *flags]  # fmt: skip
+    found = run_ranks(evaluated, run, world_size=1, initialize=False)
+    assert found == [[[split, "lm loss", "lm loss [gMASK]"]]]
