@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,24 +66,38 @@ def execute(run: Run, minutes: float, results: Path) -> Ending:
         command += ["--minutes", f"{max(minutes - 0.25, 0.1):.2f}"]
     before = set(results.glob("*.json"))
     begin = time.monotonic()
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | {"PYTHONUNBUFFERED": "1"}, process_group=0
-    )
-    try:
-        code = process.wait(60 * minutes)
-        status = "done" if code == 0 else f"ended with {code}"
-    except subprocess.TimeoutExpired:
-        status = "stopped at its limit"
-    finally:
-        # With the processes that it has started, which would keep the memory of the GPU.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with started(command) as process:
+        try:
+            code = process.wait(60 * minutes)
+            status = "done" if code == 0 else f"ended with {code}"
+        except subprocess.TimeoutExpired:
+            status = "stopped at its limit"
     minutes = (time.monotonic() - begin) / 60
     figures = [check for path in set(results.glob("*.json")) - before for check in checks(path)]
     if any(TOO_LATE in check.why for check in figures):
         status = "out of minutes"
     return Ending(minutes, status, figures)
+
+
+@contextlib.contextmanager
+def started(command: list[str]) -> Iterator[subprocess.Popen]:
+    """A process that ends with the block, and with this process, even where that is killed.
+
+    So do the processes that it has started, which would keep the memory of the GPU.
+    """
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"PYTHONUNBUFFERED": "1"}, process_group=0
+    )
+    # Its pipe from here is closed on leaving, or by the kernel.
+    guard = subprocess.Popen(
+        ["sh", "-c", f"read _; kill -s KILL -- -{process.pid}"],
+        stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        guard.communicate()
+        process.wait()
 
 
 def checks(record: Path) -> list[Check]:

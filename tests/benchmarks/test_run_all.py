@@ -107,18 +107,23 @@ def test_one_that_ended_before_its_figures_is_not_done_and_the_last_has_all_that
     assert re.search(r"== last, up to (2\.99|3) of \1 minutes", out)
 
 
-def test_a_request_to_end_ends_the_benchmark_too_and_says_what_is_left(tmp_path):
+@pytest.mark.parametrize("sent, status, told", [
+    (signal.SIGTERM, 128 + signal.SIGTERM,
+     ["not done, 5 minutes at most: go on with --only start-up decode"]),
+    (signal.SIGKILL, -signal.SIGKILL, []),
+])  # fmt: skip
+def test_a_request_to_end_ends_the_benchmark_too(tmp_path, sent, status, told):
     command = [sys.executable, "-m", "benchmarks.run_all", "--only", "start-up", "decode",
                "--results", str(tmp_path)]  # fmt: skip
     process = subprocess.Popen(command, cwd=run_all.ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline().startswith("== start-up")
     time.sleep(0.2)
-    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    process.send_signal(signal.SIGTERM)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.send_signal(sent)
     out, _ = process.communicate(timeout=30)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert summary(out) == ["not done, 5 minutes at most: go on with --only start-up decode"]
-    assert has_ended(int(child))
+    assert process.returncode == status
+    assert summary(out) == told
+    assert children and all(has_ended(int(child)) for child in children)
 
 
 @pytest.mark.parametrize("run", run_all.RUNS.values(), ids=run_all.RUNS)
