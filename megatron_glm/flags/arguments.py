@@ -183,6 +183,9 @@ def parse_glm_args(build_tokenizer: Callable[[Namespace], Any]) -> Namespace:
         ramp_batch_size(args)
         validate_args(args)
         global_vars.build_tokenizer = build_tokenizer
+        if args.rank:
+            # The schedule of a ramp, which Megatron prints on every rank.
+            global_vars.print = lambda *_: None
         global_vars.set_global_variables(args)
     return args
 

@@ -1,13 +1,18 @@
 """The batch grows as a ramp or a schedule of steps says, over a resumption too."""
 
+import contextlib
+import io
 import logging
+import sys
 from argparse import Namespace
 
 import pytest
 from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
 from megatron_glm.errors import FlagError
+from megatron_glm.flags.arguments import parse_glm_args
 from megatron_glm.flags.batch_ramp import ramp_batch_size
+from tests.ranks import run_ranks
 from tests.training.corpus import make_corpus
 from tests.training.pretraining import TINY, pretrain
 
@@ -108,13 +113,34 @@ def test_a_run_without_a_step_is_refused(changes, first):
         ramp_batch_size(flags(**changes, train_samples=first - 1))
 
 
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return make_corpus(tmp_path_factory.mktemp("corpus"), num_documents=60)
+
+
+def printed_at_the_start(flags: list[str]) -> str:
+    sys.argv = ["pretrain_glm.py", *flags]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        parse_glm_args(lambda args: None)
+    return out.getvalue()
+
+
 @pytest.mark.ranks
-def test_a_run_goes_the_ramp_and_resumes_on_it(tmp_path):
+def test_one_rank_shows_the_schedule(corpus):
+    run = [*TINY, *corpus.flags, "--lr-warmup-iters", "0", "--train-samples", "24",
+           "--micro-batch-size", "1", "--rampup-batch-size", "2", "2", "12"]  # fmt: skip
+    first, second = run_ranks(printed_at_the_start, run, initialize=False)
+    schedule = "> using step batch size schedule: 0:2 512:4 1024:6 1536:8"
+    assert schedule in first and "schedule: " not in second
+
+
+@pytest.mark.ranks
+def test_a_run_goes_the_ramp_and_resumes_on_it(corpus, tmp_path):
     ramp, sizes = (2, 2, 12), []
     while (size := batch_size(sum(sizes), *ramp, 8)) <= 24 - sum(sizes):
         sizes.append(size)
     assert sizes == [2, 2, 4, 6, 8]
-    corpus = make_corpus(tmp_path / "corpus", num_documents=60)
     run = [*TINY, *corpus.flags, "--lr-warmup-iters", "0", "--train-samples", "24",
            "--rampup-batch-size", *map(str, ramp), "--save", str(tmp_path), "--load",
            str(tmp_path)]  # fmt: skip
