@@ -19,7 +19,6 @@ class PlanError(GLMError):
 
 # Flags that change what a rank holds in ways that are not forecast, and what they must be.
 NOT_FORECAST = {
-    "optimizer": "adam",
     "optimizer_cpu_offload": False,
     "cpu_offloading": False,
     "fine_grained_activation_offloading": False,

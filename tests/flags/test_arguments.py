@@ -132,6 +132,7 @@ def test_every_rule_refuses_by_name(parser, rule):
          "--use-precision-aware-optimizer: is part of --use-distributed-optimizer; add that"),
         (["--use-precision-aware-optimizer", "--use-distributed-optimizer", "--log-params-norm"],
          "--log-params-norm with --use-precision-aware-optimizer: Megatron would print 0"),
+        (["--optimizer", "sgd"], "--optimizer sgd: Megatron cannot resume SGD"),
         (["--fp8-format", "hybrid"], "--fp8-format hybrid"),
         (["--tp-comm-overlap"], "--tp-comm-overlap"),
         (["--hidden-size", "60", "--num-attention-heads", "12"], "--num-attention-heads 12"),
