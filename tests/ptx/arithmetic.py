@@ -73,7 +73,7 @@ ARITHMETIC = {
     "min": ("ttt", np.fmin),
     "max": ("ttt", np.fmax),
     "neg": ("tt", np.negative),
-    "abs.ftz": ("tt", np.abs),
+    "abs": ("tt", np.abs),
     "sqrt.rn": ("tt", np.sqrt),
     "rsqrt.approx.ftz": ("tt", lambda a: 1 / np.sqrt(a.astype(np.float64))),
     "ex2.approx": ("tt", lambda a: np.exp2(a.astype(np.float64))),
@@ -87,4 +87,4 @@ ARITHMETIC = {
     "bfe": ("ttuu", _field),
     "selp": ("tttp", lambda a, b, which: np.where(which, a, b)),
 } | {f"setp.{name}": ("ptt", compare) for name, compare in COMPARISONS.items()}
-ARITHMETIC |= {f"{name}.ftz": ARITHMETIC[name] for name in ("fma.rn", "ex2.approx")}
+ARITHMETIC |= {f"{name}.ftz": ARITHMETIC[name] for name in ("fma.rn", "abs", "ex2.approx")}

@@ -13,10 +13,11 @@ from torch.autograd.function import once_differentiable
 # Chosen by compiling, untimed: `python -m benchmarks.fused` on the machine has the last word.
 TILE = {"ROWS": 8, "COLUMNS": 128, "STAGES": 3, "num_warps": 4}
 """Rows and columns of a tile, tiles whose loads are in flight, and warps."""
-ROWS_OF_PROGRAM = 128
+ROWS_OF_PROGRAM = 64
 """Rows of which a program takes one tile after the other and adds up the gradient of the bias."""
-HALF_ROOT = tl.constexpr(0.7071067811865476)
 DENSITY_AT_0 = tl.constexpr(0.3989422804014327)
+# exp2(EXPONENT * x * x) is exp(-x * x / 2).
+EXPONENT = tl.constexpr(-0.7213475204444817)
 
 
 def bias_geglu(x: Tensor, bias: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ def geglu_forward(
     ROWS_OF_PROGRAM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):
     """Some rows of one block of columns; grid (blocks of rows, blocks of columns)."""
-    columns, first_bias, second_bias = _columns(bias_pointer, WIDTH, COLUMNS)
+    columns, first_bias, second_bias = _columns(bias_pointer, WIDTH, ROWS, COLUMNS)
     begin = tl.program_id(0) * ROWS_OF_PROGRAM
     end = tl.minimum(begin + ROWS_OF_PROGRAM, num_rows)
     for start in tl.range(begin, end, ROWS, num_stages=STAGES):
@@ -71,7 +72,8 @@ def geglu_forward(
         source = x_pointer + rows * 2 * WIDTH + columns
         first = tl.load(source, mask=mask).to(tl.float32) + first_bias
         second = tl.load(source + WIDTH, mask=mask).to(tl.float32) + second_bias
-        out = first * _normal_distribution(first) * second
+        distribution, _ = _normal(first)
+        out = first * distribution * second
         tl.store(
             out_pointer + rows * WIDTH + columns, out.to(out_pointer.dtype.element_ty), mask=mask
         )
@@ -83,7 +85,7 @@ def geglu_backward(
     ROWS_OF_PROGRAM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):
     """Gradient of x, and of the bias summed over the rows of each program; grid as forward."""
-    columns, first_bias, second_bias = _columns(bias_pointer, WIDTH, COLUMNS)
+    columns, first_bias, second_bias = _columns(bias_pointer, WIDTH, ROWS, COLUMNS)
     begin = tl.program_id(0) * ROWS_OF_PROGRAM
     end = tl.minimum(begin + ROWS_OF_PROGRAM, num_rows)
     first_sums = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
@@ -95,8 +97,7 @@ def geglu_backward(
         first = tl.load(source, mask=mask, other=0.0).to(tl.float32) + first_bias
         second = tl.load(source + WIDTH, mask=mask, other=0.0).to(tl.float32) + second_bias
         grad = tl.load(grad_pointer + rows * WIDTH + columns, mask=mask, other=0.0).to(tl.float32)
-        distribution = _normal_distribution(first)
-        density = DENSITY_AT_0 * tl.exp(-0.5 * first * first)
+        distribution, density = _normal(first)
         first_grad = grad * second * (distribution + first * density)
         second_grad = grad * first * distribution
         target = dx_pointer + rows * 2 * WIDTH + columns
@@ -111,14 +112,34 @@ def geglu_backward(
 
 
 @triton.jit
-def _columns(bias_pointer, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
-    """Columns of this program, [1, COLUMNS], and the fp32 biases of both halves there."""
+def _columns(bias_pointer, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Columns of this program, [1, COLUMNS], and the biases of both halves, fp32 of a tile."""
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    first = tl.load(bias_pointer + columns, mask=columns < WIDTH, other=0.0)
-    second = tl.load(bias_pointer + WIDTH + columns, mask=columns < WIDTH, other=0.0)
+    # Loaded at its own size, a bias would have all arithmetic done in its layout: one column a
+    # thread, elements read from shared memory one by one, and the distribution taken twice.
+    source = bias_pointer + tl.broadcast_to(columns, (ROWS, COLUMNS))
+    first = tl.load(source, mask=columns < WIDTH, other=0.0)
+    second = tl.load(source + WIDTH, mask=columns < WIDTH, other=0.0)
     return columns, first.to(tl.float32), second.to(tl.float32)
 
 
 @triton.jit
-def _normal_distribution(x):
-    return 0.5 + 0.5 * tl.erf(x * HALF_ROOT)
+def _normal(x):
+    """Normal distribution and density at x.
+
+    At -|x| the distribution is exp(-x * x / 2) times a polynomial in t = 1 / (1 + 0.35 |x|), the
+    form of Abramowitz and Stegun 7.1.26, here fitted to 3e-8 and, down to -5, 1e-5 of the value. It
+    takes half the instructions of `tl.erf`, which has another exponential than the density's.
+    """
+    scaled = 1.0 + 0.35 * tl.abs(x)
+    # The reciprocal by one approximation; around that of a division there is a scaling.
+    t = tl.rsqrt(scaled * scaled)
+    tail = 0.0431454067 * t - 0.17807548
+    tail = tail * t + 0.199903681
+    tail = tail * t + 0.0191323826
+    tail = tail * t + 0.138086466
+    tail = tail * t + 0.138160837
+    tail = tail * t + 0.139646734
+    exponential = tl.exp2(EXPONENT * x * x)
+    tail *= t * exponential
+    return tl.where(x < 0, tail, 1.0 - tail), DENSITY_AT_0 * exponential

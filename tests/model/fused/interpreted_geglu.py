@@ -57,7 +57,10 @@ def test_it_is_the_exact_gelu():
     x[:, 1] = 1.0
     out = geglu.bias_geglu(x, torch.zeros(2))[:, 0]
     exact = F.gelu(x[:, 0].double())
-    assert (out - exact).abs().max() < 1e-6
+    error = (out - exact).abs()
+    assert error.max() < 1e-6
+    # Far below zero, where little is left of the input, that little is right.
+    assert (error / exact.abs())[(x[:, 0] > -5) & (x[:, 0] < 0)].max() < 1e-5
     assert (F.gelu(x[:, 0].double(), approximate="tanh") - exact).abs().max() > 4e-4
 
 

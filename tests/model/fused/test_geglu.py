@@ -31,6 +31,8 @@ def test_every_element_moves_once_in_words_of_16_bytes(name, loads, stores, gpu,
     # A thread has 8 elements of a tile; loads stand before the loop and in it.
     assert len(re.findall(r"cp\.async\.cg", text)) == loads * geglu.TILE["STAGES"]
     assert len(re.findall(r"st\.global\.v4\.b32", text)) == stores
+    # They are computed with as they were loaded: none on its own, none twice.
+    assert not re.search(r"ld\.shared\.b16", text) and text.count("ex2.approx") == 8
 
 
 def assert_equals_torch(device, num_rows, width, dtype):
