@@ -136,8 +136,8 @@ RULES: tuple[Rule, ...] = (
     Rule("enable_cuda_graph", "--enable-cuda-graph", (False,), _CAUSAL_GRAPH),
     Rule("external_cuda_graph", "--external-cuda-graph", (False,), _CAUSAL_GRAPH),
     Rule("optimizer", "--optimizer", ("adam",),
-         "Megatron cannot resume SGD, nor begin it with --use-distributed-optimizer; the others were "
-         "never tried with GLM; leave it at adam"),
+         "Megatron cannot resume SGD, nor begin it with --use-distributed-optimizer, and GLM has "
+         "been tried with none of the others; leave it at adam"),
     Rule("optimizer_cuda_graph", "--optimizer-cuda-graph", (False,),
          "a step counts on the host, where a graph would not count again; drop the flag"),
     Rule("optimizer_cpu_offload", "--optimizer-cpu-offload", (False,),
