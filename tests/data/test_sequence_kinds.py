@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_glm.data.blank_infilling import Objective
+from megatron_glm.data.config import CUTTING_FLAGS
 from megatron_glm.data.sequence_kinds import Epoch, sequence_kinds
 from tests.data.corpora import make_config
 
@@ -66,3 +67,17 @@ def test_kinds_of_the_papers_settings():
     assert (single.num_tokens, single.num_blanks, single.share) == (2040, 4, Fraction("0.006"))
     mean = (fewer.share * 90 + more.share * 91) / (fewer.share + more.share)
     assert float(mean) == pytest.approx(90.594, abs=0.001)
+
+
+@pytest.mark.parametrize("reset_attention_mask", [False, True])
+def test_what_shapes_the_kinds_is_compared_at_a_resume(reset_attention_mask):
+    config, read = make_config("x", reset_attention_mask=reset_attention_mask), set()
+
+    class Recorder:
+        def __getattr__(self, name):
+            read.add(name)
+            return getattr(config, name)
+
+    assert sequence_kinds(Recorder(), 500.0) == sequence_kinds(config, 500.0)
+    # --split decides which text is cut.
+    assert {*CUTTING_FLAGS} == read - {"sequence_length"} | {"seq_length", "split"}
