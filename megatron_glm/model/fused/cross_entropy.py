@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 BLOCK = 4096
 """Logits of a token that a program has at hand at once: two words of 16 bytes a thread."""
 NUM_WARPS = 8
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 def vocab_parallel_cross_entropy(
@@ -91,18 +92,23 @@ def row_statistics(
     the target, or 0 where another rank has it; grid (s * b)."""
     row = tl.program_id(0).to(tl.int64)
     logits_pointer += row * width
-    largest, total = float("-inf"), 0.0
+    # Neighbours that one thread has: threads wait for each other after the last block alone.
+    NEIGHBOURS: tl.constexpr = min(8, BLOCK)
+    largest = tl.full((BLOCK // NEIGHBOURS,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK // NEIGHBOURS,), dtype=tl.float32)
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         logits = tl.load(logits_pointer + columns, mask=columns < width, other=float("-inf"))
-        logits = logits.to(tl.float32)
-        new_largest = tl.maximum(largest, tl.max(logits, 0))
-        # A block may hold nothing but -inf, and so may those before it.
-        shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-        total = total * tl.exp(largest - shift) + tl.sum(tl.exp(logits - shift), 0)
+        logits = logits.to(tl.float32).reshape(BLOCK // NEIGHBOURS, NEIGHBOURS)
+        new_largest = tl.maximum(largest, tl.max(logits, 1))
+        shift = _finite(new_largest)
+        total *= _exp(largest - shift)
+        total += tl.sum(_exp(logits - shift[:, None]), 1)
         largest = new_largest
-    tl.store(largest_pointer + row, largest)
-    tl.store(total_pointer + row, total)
+    row_largest = tl.max(largest, 0)
+    total *= _exp(largest - _finite(row_largest))
+    tl.store(largest_pointer + row, row_largest)
+    tl.store(total_pointer + row, tl.sum(total, 0))
     local = tl.load(target_pointer + row) - vocab_start
     is_here = (local >= 0) & (local < width)
     predicted = tl.load(logits_pointer + local, mask=is_here, other=0.0)
@@ -120,10 +126,22 @@ def overwrite_by_gradient(
     logits_pointer += row * width + columns
     logits = tl.load(logits_pointer, mask=columns < width, other=float("-inf")).to(tl.float32)
     inverse_total = 1.0 / tl.load(total_pointer + row)
-    softmax = tl.exp(logits - tl.load(largest_pointer + row)) * inverse_total
+    softmax = _exp(logits - tl.load(largest_pointer + row)) * inverse_total
     local = (tl.load(target_pointer + row) - vocab_start).to(tl.int32)
     slope = softmax - tl.where(columns == local, 1.0, 0.0)
     gradient = slope * tl.load(grad_pointer + row)
     tl.store(
         logits_pointer, gradient.to(logits_pointer.dtype.element_ty), mask=columns < width
     )
+
+
+@triton.jit
+def _finite(largest):
+    """What to take off: logits may be nothing but -inf so far."""
+    return tl.where(largest == float("-inf"), 0.0, largest)
+
+
+@triton.jit
+def _exp(x):
+    # tl.exp scales numbers that are subnormal, which these sums do without.
+    return tl.exp2(x * LOG2_E)

@@ -29,8 +29,11 @@ def test_logits_move_once_in_words_of_16_bytes(name, stores, gpu, tmp_path):
         cross_entropy.NUM_WARPS, gpu,
     )
     assert_no_spills(program, tmp_path, gpu)
-    moves = Counter(re.findall(r"(?:ld|st)\.global\S*", program.asm["ptx"]))
+    text = program.asm["ptx"]
+    moves = Counter(re.findall(r"(?:ld|st)\.global\S*", text))
     assert moves["ld.global.v4.b32"] == 2 and moves["st.global.v4.b32"] == stores
+    # From block to block of a row, no warp waits for another.
+    assert "bar.sync" not in text.rpartition("bra")[0]
 
 
 # Largest error of the gradient against the largest of the exact one.
