@@ -26,7 +26,8 @@ from tests.ptx.machine import Machine
 from tests.ptx.memory import Memory
 
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
-            torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64"}  # fmt: skip
+            torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32",
+            torch.int64: "*i64"}  # fmt: skip
 
 
 def execute_kernels(monkeypatch: pytest.MonkeyPatch, module: ModuleType, gpu: str) -> None:
