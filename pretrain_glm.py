@@ -5,7 +5,13 @@
 README.md has whole commands; `python pretrain_glm.py --help` prints every flag.
 """
 
-import patches
+import os
+
+# Tensor parallelism overlaps rightly only when kernels start in the order of their launch. CUDA
+# reads it when it starts, as it does for the patches, which ask whether there is a GPU.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+import patches  # noqa: E402
 
 patches.apply()
 

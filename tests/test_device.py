@@ -1,6 +1,10 @@
 """A GPU that cannot be used is an error, not a slow run."""
 
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,3 +53,17 @@ def test_one_that_is_hidden_on_purpose(machine, monkeypatch):
     machine("nvidia0")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert not device.has_gpu()
+
+
+def test_kernels_start_in_the_order_of_their_launch_where_a_run_first_asks_for_a_gpu():
+    """CUDA has started then, and whoever sets the variable later sets it in vain."""
+    variable = "CUDA_DEVICE_MAX_CONNECTIONS"
+    program = (
+        "import os, sys, torch\n"
+        f"torch.cuda.is_available = lambda: sys.exit(os.environ.get('{variable}', 'unset'))\n"
+        "import pretrain_glm"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != variable}
+    asked = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1],
+                           env=environment, capture_output=True, text=True)  # fmt: skip
+    assert asked.stderr.strip() == "1"

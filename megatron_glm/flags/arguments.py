@@ -131,7 +131,8 @@ def add_glm_arguments(parser: ArgumentParser) -> ArgumentParser:
 
 def fill_derived(args: Namespace) -> None:
     """Sets what follows from other flags and was not given, in `args` and in the environment."""
-    # Tensor parallelism overlaps rightly only when kernels start in the order of their launch.
+    # Megatron refuses tensor parallelism without it, of programs too that train nothing. For one
+    # that trains it comes too late (pretrain_glm.py).
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if args.seq_length and args.seq_length > args.max_position_embeddings:
         args.max_position_embeddings = args.seq_length
