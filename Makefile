@@ -21,7 +21,7 @@ quickstart: $(STAMP)
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" examples/quickstart.sh $(ARGS)
 
 test: $(STAMP)
-	@$(VENV)/bin/python -m pytest $(ARGS)
+	@$(VENV)/bin/python -m pytest -n auto --dist worksteal $(ARGS)
 
 lint: $(STAMP)
 	@$(VENV)/bin/python -m ruff check $(ARGS) .

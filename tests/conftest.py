@@ -14,6 +14,12 @@ import patches
 patches.apply()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """Processes for `make test`, of 2 GB each; on a GPU, whose memory tests measure, only this."""
+    return 0 if torch.cuda.is_available() else min(os.cpu_count(), 4)
+
+
 def pytest_collection_modifyitems(items):
     """Skip what needs a GPU where there is none."""
     if torch.cuda.is_available():
