@@ -10,6 +10,9 @@ import os
 # Tensor parallelism overlaps rightly only when kernels start in the order of their launch. CUDA
 # reads it when it starts, as it does for the patches, which ask whether there is a GPU.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+# FlashAttention-4 keeps the kernels that it compiles for the next start. It reads this when Megatron
+# imports it.
+os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
 
 import patches  # noqa: E402
 

@@ -17,6 +17,9 @@ else
 fi
 install=("$venv/bin/python" -m pip install --disable-pip-version-check -c constraints.txt)
 "${install[@]}" setuptools
-"${install[@]}" --no-build-isolation -e '.[test]'
+extras=test
+# Megatron imports FlashAttention-4 wherever it is installed, which takes 2 s of every start.
+if compgen -G '/dev/nvidia[0-9]*' >/dev/null; then extras+=,attention; fi
+"${install[@]}" --no-build-isolation -e ".[$extras]"
 touch "$stamp"
 echo "== Set-up done"

@@ -46,12 +46,16 @@ BACKENDS = {
     "flex": ("cuda",),
     "triton": ("cuda",),
     "cudnn": ("cuda",),
+    "flash": ("cuda",),
 }
 """Names that `--glm-attention-backend` takes besides auto, each a module beside this one, and the
 devices on which it can train."""
 
 OWN_DROPOUT = ("cudnn",)
 """Backends that drop other probabilities than `reference.attention` by the same seed."""
+
+NO_DROPOUT = ("flash",)
+"""Backends that refuse dropout."""
 
 DEFAULTS = {"cpu": "sdpa", "cuda": "triton"}
 """What auto means on a device where `trial` has not timed the others; FlexAttention would compile

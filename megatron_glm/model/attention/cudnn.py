@@ -21,12 +21,10 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_glm.errors import GLMError
 from megatron_glm.model.attention import cudnn_graphs, merge_kernel
 from megatron_glm.model.attention.bounds import PerBatch
 from megatron_glm.model.attention.cudnn_graphs import Form, Part, offsets
-
-DTYPES = (torch.bfloat16, torch.float16)
+from megatron_glm.model.attention.half_precision import require_half_precision
 
 
 def attention(query, key, value, samples, *, softmax_scale, dropout=None) -> Tensor:
@@ -38,16 +36,7 @@ def attention(query, key, value, samples, *, softmax_scale, dropout=None) -> Ten
     Raises:
         GLMError: a dtype other than bf16 or fp16, a head dimension that cuDNN does not take.
     """
-    if query.dtype not in DTYPES:
-        raise GLMError(
-            f"--glm-attention-backend cudnn: works in bf16 and fp16, not in {query.dtype}; pass "
-            "--bf16 or --fp16, or take another backend"
-        )
-    if query.shape[-1] % 8 or query.shape[-1] > 128:
-        raise GLMError(
-            f"--glm-attention-backend cudnn: head dimension {query.shape[-1]} must be a multiple "
-            "of 8 up to 128; take another backend"
-        )
+    require_half_precision("cudnn", query)
     rate, seed = (0.0, None) if dropout is None else dropout
     return _PrefixAttention.apply(query, key, value, samples, softmax_scale, rate, seed)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from megatron_glm.model.attention.blocks import block_lists, block_masks
 from megatron_glm.model.attention.bounds import PerBatch, token_bounds
 from megatron_glm.model.dropout import is_kept, key_word, query_word
 
@@ -52,21 +53,15 @@ def _kernel(device):
 
 def block_mask(samples: Tensor, seq_length: int) -> BlockMask:
     """FlexAttention's mask of `samples` [b, 2, k], by blocks, without a sync."""
-    key_start, key_end, _, _ = token_bounds(samples, seq_length)
-    block_start = torch.arange(0, seq_length, BLOCK, device=key_start.device)
-    block_end = (block_start + BLOCK).clamp_max(seq_length)
-    first, last = block_start, block_end - 1
-    # Both ends of the interval grow along the rows: the first row of a block sees furthest back
-    # and its last row furthest ahead; what the two have in common, every row of the block sees.
-    some = (block_end > key_start[:, first, None]) & (block_start < key_end[:, last, None])
-    full = (block_start >= key_start[:, last, None]) & (block_end <= key_end[:, first, None])
+    bounds = token_bounds(samples, seq_length)
+    partial, full = block_masks(bounds, BLOCK, BLOCK)
 
     def visible(b, h, q, k):
-        return (k >= key_start[b, q]) & (k < key_end[b, q])
+        return (k >= bounds.key_start[b, q]) & (k < bounds.key_end[b, q])
 
     return BlockMask.from_kv_blocks(
-        *_block_lists(some & ~full),
-        *_block_lists(full),
+        *block_lists(partial),
+        *block_lists(full),
         BLOCK_SIZE=BLOCK,
         mask_mod=visible,
         seq_lengths=(seq_length, seq_length),
@@ -74,14 +69,6 @@ def block_mask(samples: Tensor, seq_length: int) -> BlockMask:
 
 
 _block_mask = PerBatch(block_mask)
-
-
-def _block_lists(blocks):
-    """Count and, padded by the others, indices of the True key blocks of each query block."""
-    blocks = blocks[:, None]
-    count = blocks.sum(dim=-1, dtype=torch.int32)
-    indices = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-    return count, indices.to(torch.int32)
 
 
 def _hide_dropped(dropout, batch, heads, seq_length):

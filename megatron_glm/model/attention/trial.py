@@ -6,16 +6,16 @@ import torch
 from megatron.core.utils import log_single_rank
 from triton.testing import do_bench
 
-from megatron_glm.model.attention.backends import load_backend
+from megatron_glm.model.attention.backends import NO_DROPOUT, load_backend
 from megatron_glm.model.attention.bounds import make_samples
 from megatron_glm.model.attention.conformance import AttentionSetup
 from megatron_glm.model.dropout import fixed_dropout
 
 logger = logging.getLogger(__name__)
 
-CANDIDATES = ("triton", "cudnn", "flex")
-WITHOUT_DROPOUT = ("flex",)
-"""Candidates that take twice the work for dropout: not worth the time to compile them twice."""
+CANDIDATES = ("triton", "flash", "cudnn", "flex")
+WITHOUT_DROPOUT = (*NO_DROPOUT, "flex")
+"""FlexAttention takes twice the work for dropout: not worth the time to compile it twice."""
 CONTEXT_SHARE = 0.4
 """Of a sample, as in the mean of [gMASK]."""
 PLACES = 4

@@ -84,21 +84,21 @@ def forward(
     for start in range(begin, end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         key = _load_rows(k_pointer, keys, k_s, dims, num_rows, HEAD_DIM)
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         if (start < whole_begin) | (start >= whole_end):
             visible = (keys[None, :] >= key_start[:, None]) & (keys[None, :] < key_end[:, None])
             scores = tl.where(visible, scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
         # A row may see nothing of this block, nor of those before it.
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        probability = tl.exp2(scores - shift[:, None])
+        probability = tl.exp2(scores * scale - shift[:, None])
         decay = tl.exp2(row_max - shift)
         row_sum = row_sum * decay + tl.sum(probability, 1)
         if DROPOUT:
             kept = is_kept(
                 query_words[:, None], key_word(seed_pointer, keys)[None, :], threshold
             )
-            probability = tl.where(kept, probability, 0.0)
+            probability *= tl.where(kept, keep_factor, 0.0)
         value = _load_rows(v_pointer, keys, v_s, dims, num_rows, HEAD_DIM)
         acc = tl.dot(
             probability.to(value.dtype), value, acc * decay[:, None], input_precision=PRECISION
@@ -106,7 +106,7 @@ def forward(
         row_max = new_max
 
     out_pointer += batch * o_b + head * o_n
-    out = acc * (keep_factor / row_sum)[:, None]
+    out = acc * (1.0 / row_sum)[:, None]
     _store_rows(out_pointer, out, rows, o_s, dims, num_rows, HEAD_DIM)
     lse_pointer += pair.to(tl.int64) * num_rows
     tl.store(lse_pointer + rows, row_max + tl.log2(row_sum), mask=rows < num_rows)
@@ -180,7 +180,7 @@ def backward_queries(
             kept = is_kept(
                 query_words[:, None], key_word(seed_pointer, keys)[None, :], threshold
             )
-            slope = tl.where(kept, slope * keep_factor, 0.0)
+            slope *= tl.where(kept, keep_factor, 0.0)
         slope = probability * (slope - delta[:, None])
         dq = tl.dot(slope.to(key.dtype), key, dq, input_precision=PRECISION)
 
@@ -246,8 +246,9 @@ def backward_keys(
             kept = is_kept(
                 query_word(seed_pointer, pair, rows)[None, :], key_words[:, None], threshold
             )
-            slope = tl.where(kept, slope * keep_factor, 0.0)
-            dropped = tl.where(kept, probability * keep_factor, 0.0)
+            factor = tl.where(kept, keep_factor, 0.0)
+            slope *= factor
+            dropped *= factor
         dv = tl.dot(dropped.to(grad.dtype), grad, dv, input_precision=PRECISION)
         slope = probability * (slope - delta[None, :])
         dk = tl.dot(slope.to(query.dtype), query, dk, input_precision=PRECISION)

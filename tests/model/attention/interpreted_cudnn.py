@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from megatron_glm.model.attention import cudnn, cudnn_graphs
+from megatron_glm.model.attention import cudnn_graphs, half_precision
 from megatron_glm.model.attention.bounds import dense_mask, sample_ranges
 from megatron_glm.model.dropout import Dropout
 from tests.model.attention.packs import PACKS, packs, random_inputs, run, samples_from
@@ -28,7 +28,7 @@ SEED = torch.tensor([20221005, -7], dtype=torch.int32)
 def emulated():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cudnn_graphs, "run", run_emulated)
-        patch.setattr(cudnn, "DTYPES", (torch.float64,))
+        patch.setattr(half_precision, "DTYPES", (torch.float64,))
         torch.use_deterministic_algorithms(True)  # torch.empty is NaN
         yield
         torch.use_deterministic_algorithms(False)

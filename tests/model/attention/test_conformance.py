@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_glm.errors import GLMError
-from megatron_glm.model.attention.backends import backends_of, load_backend
+from megatron_glm.model.attention.backends import NO_DROPOUT, backends_of, load_backend
 from megatron_glm.model.attention.bounds import validate_samples
 from megatron_glm.model.attention.conformance import (
     AttentionSetup,
@@ -17,6 +17,7 @@ from megatron_glm.model.attention.conformance import (
     check_model,
     probe_samples,
 )
+from tests.model.attention.libraries import skip_without_library
 from tests.ranks import run_ranks
 
 SETUP = AttentionSetup(
@@ -102,8 +103,9 @@ def test_flex_attention_passes_uncompiled():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["auto", *backends_of("cuda")])
 def test_every_backend_passes_on_gpu(name, dtype, dropout_probability):
-    if name == "cudnn":
-        pytest.importorskip("cudnn")
+    skip_without_library(name)
+    if name in NO_DROPOUT and dropout_probability:
+        pytest.skip("has no dropout")
     check_backend(SETUP._replace(
         backend=name, batch=2, seq_length=1000, dim=64, dropout_probability=dropout_probability,
         dtype=dtype, device=torch.device("cuda"),

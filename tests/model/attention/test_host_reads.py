@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_glm.model.attention import cudnn, cudnn_graphs, flex, triton
+from megatron_glm.model.attention import cudnn, cudnn_graphs, flex, half_precision, triton
 from megatron_glm.model.dropout import draw_dropout
 from tests.host_reads import HostReads
 from tests.model.attention.packs import PACKS, random_inputs, samples_from
@@ -27,7 +27,7 @@ def test_neither_pass_reads_the_device(name, probability, monkeypatch):
         monkeypatch.setattr(triton._Call, launch, lambda *arguments: None)
     monkeypatch.setattr(cudnn_graphs, "run", lambda *arguments: None)
     monkeypatch.setattr(cudnn, "merge", lambda *arguments: None)
-    monkeypatch.setattr(cudnn, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(half_precision, "DTYPES", (torch.float32,))
     samples = samples_from(PACKS["unequal, two sequences"])
     mixed, grad = random_inputs(samples, heads=2, dim=8, dtype=torch.float32)
     mixed.requires_grad_()

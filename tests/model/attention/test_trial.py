@@ -34,6 +34,7 @@ def choose(milliseconds: list[dict], dropout: float) -> str:
     [
         ([{"flex": 2.0, "triton": 1.5, "cudnn": 1.0}], "cudnn"),
         ([{"flex": 1.0, "triton": 1.5}], "flex"),
+        ([{"flex": 1.0, "flash": 0.9}], "flash"),
         ([{}], "triton"),
         # Ranks that differ follow the first.
         ([{"flex": 1.0, "triton": 1.1}, {"flex": 1.1, "triton": 1.0}], "flex"),
@@ -45,8 +46,8 @@ def test_the_fastest_that_works_is_chosen_on_every_rank(milliseconds, best):
 
 
 @pytest.mark.ranks
-def test_with_dropout_flex_attention_is_not_tried():
-    times = {"flex": 1.0, "triton": 1.5, "cudnn": 2.0}
+def test_with_dropout_what_has_none_is_not_tried():
+    times = {"flash": 0.5, "flex": 1.0, "triton": 1.5, "cudnn": 2.0}
     assert run_ranks(choose, [times], 0.1, world_size=1) == ["triton"]
 
 
