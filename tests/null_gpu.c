@@ -1,9 +1,10 @@
 /* A GPU that accepts everything and computes nothing, in the place of CUDA's libraries.
 
    Memory is given out, copied between host and device and taken back; streams and events are
-   names; a kernel is checked for what a launch allows and left out. What is not defined here
-   answers with success (null_gpu.py adds it). Whoever reads a result that a kernel should have
-   written finds zeros, or what lay there before. */
+   names; a kernel is checked for what a launch allows and left out. What is called while a stream is
+   captured is checked for what a capture allows. What is not defined here answers with success
+   (null_gpu.py adds it). Whoever reads a result that a kernel should have written finds zeros, or
+   what lay there before. */
 
 #define _GNU_SOURCE
 #include <cuda.h>
@@ -22,13 +23,44 @@ enum { SHARED = 232448, REGISTERS = 65536, PROCESSORS = 132, THREADS = 1024, GRI
 /* Copies between tensors of the device above this are left out, so that no page of them exists. */
 static const size_t COPIED = 1 << 20;
 
-/* Where the host waits for the device, since the program began. */
-static long waits;
+/* The capture of a stream, one at a time, and the mode of each thread as it is exchanged. */
+static struct {
+  cudaStream_t stream;
+  pthread_t thread;
+  enum cudaStreamCaptureMode mode;
+  int is_invalid;
+  long nodes;
+} capture;
+static __thread enum cudaStreamCaptureMode own_mode = cudaStreamCaptureModeGlobal;
+
+/* What no thread may do that captures, nor another unless the capture is of its own thread. */
+static cudaError_t forbidden(void) {
+  int is_own = pthread_equal(capture.thread, pthread_self());
+  if (!capture.stream || !(is_own || capture.mode == cudaStreamCaptureModeGlobal))
+    return cudaSuccess;
+  capture.is_invalid = 1;
+  return cudaErrorStreamCaptureUnsupported;
+}
+/* Calls that relaxed threads may make all the same. */
+static cudaError_t unsafe(void) {
+  return own_mode == cudaStreamCaptureModeRelaxed ? cudaSuccess : forbidden();
+}
+
+/* Where the host waits for the device, what it starts there by itself and by graphs, and what these
+   graphs start, since the program began. */
+static long waits, launches, graph_launches, nodes_launched;
 long null_gpu_waits(void) { return waits; }
+long null_gpu_launches(void) { return launches; }
+long null_gpu_graph_launches(void) { return graph_launches; }
+long null_gpu_nodes_launched(void) { return nodes_launched; }
 
 static cudaError_t wait(void) {
   __sync_fetch_and_add(&waits, 1);
-  return cudaSuccess;
+  return forbidden();
+}
+static void started(cudaStream_t stream) {
+  if (capture.stream && stream == capture.stream) capture.nodes++;
+  else __sync_fetch_and_add(&launches, 1);
 }
 
 /* Memory. */
@@ -41,7 +73,9 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 static cudaError_t take(void **at, size_t size, enum cudaMemoryType type) {
   int is_device = type == cudaMemoryTypeDevice;
-  cudaError_t error = cudaErrorMemoryAllocation;
+  cudaError_t error = unsafe();
+  if (error) return error;
+  error = cudaErrorMemoryAllocation;
   pthread_mutex_lock(&lock);
   if (num_ranges < sizeof ranges / sizeof *ranges && used + is_device * size <= MEMORY) {
     *at = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
@@ -55,6 +89,8 @@ static cudaError_t take(void **at, size_t size, enum cudaMemoryType type) {
 }
 
 static cudaError_t give_back(void *at) {
+  cudaError_t error = unsafe();
+  if (error) return error;
   pthread_mutex_lock(&lock);
   for (int i = 0; i < num_ranges; i++) {
     if (ranges[i].begin != at) continue;
@@ -80,7 +116,10 @@ static cudaError_t copy(void *to, const void *from, size_t size) {
   enum cudaMemoryType target = type_of(to), source = type_of(from);
   int is_inside = target == cudaMemoryTypeDevice && source == cudaMemoryTypeDevice;
   /* Of memory that is not pinned the host has to take or give a copy while it waits. */
-  if (target == cudaMemoryTypeUnregistered || source == cudaMemoryTypeUnregistered) wait();
+  if (target == cudaMemoryTypeUnregistered || source == cudaMemoryTypeUnregistered) {
+    cudaError_t error = wait();
+    if (error) return error;
+  }
   if (!is_inside || size <= COPIED) memmove(to, from, size);
   return cudaSuccess;
 }
@@ -108,11 +147,12 @@ CUresult cuPointerGetAttribute(void *found, CUpointer_attribute what, CUdevicept
   return type_of((void *)at) == cudaMemoryTypeDevice ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 cudaError_t cudaMemcpy(void *to, const void *from, size_t size, enum cudaMemcpyKind kind) {
-  wait();
-  return copy(to, from, size);
+  cudaError_t error = wait();
+  return error ? error : copy(to, from, size);
 }
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, enum cudaMemcpyKind kind,
                             cudaStream_t stream) {
+  started(stream);
   return copy(to, from, size);
 }
 cudaError_t cudaGetSymbolAddress(void **at, const void *symbol) {
@@ -135,11 +175,15 @@ cudaError_t cudaRuntimeGetVersion(int *version) { return *version = CUDART_VERSI
 const char *cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorMemoryAllocation        ? "out of memory"
          : error == cudaErrorInvalidConfiguration ? "a launch beyond the limits of the device"
+         : error == cudaErrorStreamCaptureUnsupported
+             ? "operation not permitted when stream is capturing"
+         : error == cudaErrorStreamCaptureInvalidated
+             ? "operation failed due to a previous error during capture"
                                                    : "an error of the null GPU";
 }
 const char *cudaGetErrorName(cudaError_t error) { return cudaGetErrorString(error); }
 CUresult cuGetErrorString(CUresult error, const char **text) {
-  *text = "a launch beyond the limits of the device";
+  *text = cudaGetErrorString((cudaError_t)error);
   return CUDA_SUCCESS;
 }
 cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *found, int device) {
@@ -203,15 +247,6 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {
   *greatest = -5;
   return *least = 0;
 }
-cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status) {
-  return *status = cudaStreamCaptureStatusNone, cudaSuccess;
-}
-cudaError_t cudaStreamGetCaptureInfo(
-    cudaStream_t stream, enum cudaStreamCaptureStatus *status, unsigned long long *id,
-    cudaGraph_t *graph, const cudaGraphNode_t **nodes, const cudaGraphEdgeData **edges,
-    size_t *num) {
-  return cudaStreamIsCapturing(stream, status);
-}
 cudaError_t cudaEventCreate(cudaEvent_t *event) { return name((void **)event); }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
   return name((void **)event);
@@ -223,31 +258,84 @@ cudaError_t cudaDeviceSynchronize(void) { return wait(); }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return wait(); }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) { return wait(); }
 
+/* Graphs: numbers of what was captured. */
+
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status) {
+  *status = !stream || stream != capture.stream ? cudaStreamCaptureStatusNone
+            : capture.is_invalid                ? cudaStreamCaptureStatusInvalidated
+                                                : cudaStreamCaptureStatusActive;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamGetCaptureInfo(
+    cudaStream_t stream, enum cudaStreamCaptureStatus *status, unsigned long long *id,
+    cudaGraph_t *graph, const cudaGraphNode_t **nodes, const cudaGraphEdgeData **edges,
+    size_t *num) {
+  if (id) *id = (uintptr_t)capture.stream;
+  return cudaStreamIsCapturing(stream, status);
+}
+cudaError_t cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode *mode) {
+  enum cudaStreamCaptureMode before = own_mode;
+  own_mode = *mode;
+  *mode = before;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode) {
+  if (!stream || capture.stream) return cudaErrorStreamCaptureUnsupported;
+  capture.thread = pthread_self(), capture.mode = mode, capture.is_invalid = capture.nodes = 0;
+  capture.stream = stream;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
+  capture.stream = NULL;
+  *graph = capture.is_invalid ? NULL : malloc(sizeof(long));
+  if (!*graph) return cudaErrorStreamCaptureInvalidated;
+  *(long *)*graph = capture.nodes;
+  return cudaSuccess;
+}
+cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t *nodes, size_t *num) {
+  return *num = *(long *)graph, cudaSuccess;
+}
+cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *exec, cudaGraph_t graph,
+                                          unsigned long long flags) {
+  *exec = malloc(sizeof(long));
+  *(long *)*exec = *(long *)graph;
+  return unsafe();
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
+  graph_launches++;
+  nodes_launched += *(long *)exec;
+  return cudaSuccess;
+}
+
 /* Kernels. */
 
-static cudaError_t launch(dim3 grid, dim3 block, size_t shared) {
+static cudaError_t launch(dim3 grid, dim3 block, size_t shared, cudaStream_t stream) {
+  started(stream);
   int fits = grid.x && grid.y && grid.z && grid.x <= INT32_MAX && grid.y <= GRID_YZ &&
              grid.z <= GRID_YZ && block.x * block.y * block.z <= THREADS && shared <= SHARED;
   return fits ? cudaSuccess : cudaErrorInvalidConfiguration;
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *f, void **values) {
-  return launch(config->gridDim, config->blockDim, config->dynamicSmemBytes);
+  return launch(config->gridDim, config->blockDim, config->dynamicSmemBytes, config->stream);
 }
 cudaError_t __cudaLaunchKernel(void *f, dim3 grid, dim3 block, void **values, size_t shared,
                                cudaStream_t stream) {
-  return launch(grid, block, shared);
+  return launch(grid, block, shared, stream);
 }
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction f, void **values, void **more) {
   dim3 grid = {config->gridDimX, config->gridDimY, config->gridDimZ};
   dim3 block = {config->blockDimX, config->blockDimY, config->blockDimZ};
-  return (CUresult)launch(grid, block, config->sharedMemBytes);
+  return (CUresult)launch(grid, block, config->sharedMemBytes, config->hStream);
 }
 CUresult cuLaunchKernel(CUfunction f, unsigned x, unsigned y, unsigned z, unsigned block_x,
                         unsigned block_y, unsigned block_z, unsigned shared, CUstream stream,
                         void **values, void **more) {
-  return (CUresult)launch((dim3){x, y, z}, (dim3){block_x, block_y, block_z}, shared);
+  return (CUresult)launch((dim3){x, y, z}, (dim3){block_x, block_y, block_z}, shared, stream);
 }
-CUresult cuModuleLoadData(CUmodule *module, const void *image) { return name((void **)module); }
+CUresult cuModuleLoadData(CUmodule *module, const void *image) {
+  name((void **)module);
+  return (CUresult)unsafe();
+}
 CUresult cuModuleGetFunction(CUfunction *f, CUmodule module, const char *called) {
   return name((void **)f);
 }
@@ -292,6 +380,16 @@ int cublasLtMatmulAlgoGetHeuristic(void *handle, void *operation, void *a, void 
                                    int *found) {
   memset(results, 0, 64);
   return *found = 1, 0;
+}
+static __thread cudaStream_t cublas_stream;
+int cublasSetStream_v2(void *handle, cudaStream_t stream) { return cublas_stream = stream, 0; }
+int cublasGemmEx(void *handle) { return started(cublas_stream), 0; }
+int cublasSgemm_v2(void *handle) { return started(cublas_stream), 0; }
+int cublasLtMatmul(void *handle, void *operation, const void *alpha, const void *a, void *a_layout,
+                   const void *b, void *b_layout, const void *beta, const void *c, void *c_layout,
+                   void *d, void *d_layout, const void *algorithm, void *workspace, size_t size,
+                   cudaStream_t stream) {
+  return started(stream), 0;
 }
 int cublasLtMatmulDescCreate(void **descriptor) { return name(descriptor); }
 int cublasLtMatmulPreferenceCreate(void **preference) { return name(preference); }

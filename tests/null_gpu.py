@@ -57,9 +57,16 @@ def run_on_null_gpu(
     )
 
 
+def count_of(what: str) -> int:
+    """So far: `waits` of the host for the device, `launches` of kernels and copies by the host
+    itself, its `graph_launches`, and the `nodes_launched` by these; for the program that runs
+    there."""
+    return getattr(ctypes.CDLL(None), f"null_gpu_{what}")()
+
+
 def num_waits() -> int:
     """How often the host has waited for the device so far; for the program that runs there."""
-    return ctypes.CDLL(None).null_gpu_waits()
+    return count_of("waits")
 
 
 @functools.cache
