@@ -14,6 +14,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -111,7 +112,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load(args: argparse.Namespace, layout: Layout, device: torch.device) -> Filler:
+@contextmanager
+def loaded(args: argparse.Namespace, layout: Layout, device: torch.device) -> Iterator[Filler]:
     """The model, and the codec of its texts."""
     tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, args.text_scheme)
     source = open_checkpoint(
@@ -119,7 +121,13 @@ def load(args: argparse.Namespace, layout: Layout, device: torch.device) -> Fill
     )
     source.settings = source.settings.with_overrides(rotary_angle_dtype=args.rotary_angle_dtype)
     dtype = args.dtype and DTYPES[args.dtype]
-    return load_filler(source, tokenizer, layout, device, dtype, args.quantization_bit_width)
+    filler = load_filler(source, tokenizer, layout, device, dtype, args.quantization_bit_width)
+    try:
+        yield filler
+    finally:
+        if filler.engine.graphs is not None:
+            # Before the process group goes.
+            filler.engine.graphs.clear()
 
 
 def texts(args: argparse.Namespace) -> Iterator[tuple[list[str], bool]]:
@@ -186,16 +194,15 @@ def search_config(args: argparse.Namespace, seed: int) -> SearchConfig:
 
 def serve(args: argparse.Namespace, layout: Layout, device: torch.device) -> None:
     if not layout.is_driver:
-        follow(load(args, layout, device), layout, (), lambda running: None)
+        with loaded(args, layout, device) as filler:
+            follow(filler, layout, (), lambda running: None)
         return
     # Imported where it is needed: a web framework takes a second.
     from megatron_glm.inference.server import ServerConfig, bind, run_server
 
     config = ServerConfig(args.host, args.port, args.max_body_bytes, args.max_new_tokens)
-    with bind(config) as bound:
-        service = Service(
-            load(args, layout, device), layout, args.max_batch_size, args.max_waiting
-        )
+    with bind(config) as bound, loaded(args, layout, device) as filler:
+        service = Service(filler, layout, args.max_batch_size, args.max_waiting)
         announce = partial(print, flush=True)
         run_server(service, search_config(args, args.seed), config, bound, announce)
 
@@ -229,17 +236,17 @@ def run_tool(args: argparse.Namespace, device: torch.device) -> None:
     if args.serve:
         serve(args, layout, device)
         return
-    filler = load(args, layout, device)
-    for prompts, is_dialogue in layout.shared(texts(args)):
-        try:
-            for line in fill(args, filler, prompts):
+    with loaded(args, layout, device) as filler:
+        for prompts, is_dialogue in layout.shared(texts(args)):
+            try:
+                for line in fill(args, filler, prompts):
+                    if layout.is_driver:
+                        print(line, flush=True)
+            except GLMError as error:
+                if not is_dialogue:
+                    raise
                 if layout.is_driver:
-                    print(line, flush=True)
-        except GLMError as error:
-            if not is_dialogue:
-                raise
-            if layout.is_driver:
-                print(f"error: {error}", file=sys.stderr)
+                    print(f"error: {error}", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> None:

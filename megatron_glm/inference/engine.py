@@ -18,6 +18,7 @@ from megatron_glm.checkpoint.reference import LAYERNORM_EPSILON, ROTARY_BASE
 from megatron_glm.checkpoint.settings import Settings
 from megatron_glm.inference.kv_cache import KVCache
 from megatron_glm.inference.layout import Layout
+from megatron_glm.inference.step_graphs import StepGraphs
 from megatron_glm.inference.weights import Weights
 from megatron_glm.model.rotary import RotaryTable, rotate
 
@@ -35,8 +36,8 @@ class Norm:
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, LAYERNORM_EPSILON)
 
 
-# Attention of one layer: query, key and value [t, n, d] to [t, n, d].
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# Attention of one layer: query, key and value, not yet rotated, [t, n, 3, d] to [t, n, d].
+Attend = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Layer:
@@ -63,12 +64,11 @@ class Layer:
         """Memory of the linear layers' weights."""
         return sum(part.num_bytes for part in (self.qkv, self.proj, self.fc1, self.fc2))
 
-    def __call__(self, x: torch.Tensor, rotation: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """Hidden states [t, h] to the same; rotation: of their positions, fp32 [t, 1, 1, d]."""
+    def __call__(self, x: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """Hidden states [t, h] to the same."""
         a = self.input_norm(x)
         qkv = self.qkv(a).unflatten(-1, (-1, 3, self.head_dim))
-        query, key = rotate(qkv[:, :, :2].float(), rotation).to(qkv.dtype).unbind(2)
-        attention = attend(query, key, qkv[:, :, 2]).flatten(1)
+        attention = attend(qkv).flatten(1)
         h = self.layout.reduce(self.proj(attention)).add_(a, alpha=self.alpha)
         m = self.mlp_norm(h)
         gated, plain = self.fc1(m).chunk(2, dim=-1)
@@ -79,7 +79,7 @@ class Engine:
     """One rank's part of a GLM, and the rows that it is generating.
 
     weights: this rank's part of the checkpoint. All ranks of a layout call the same methods with
-    the same arguments.
+    the same arguments. graphs: what replays steps of decode, None on a CPU.
     """
 
     def __init__(self, settings: Settings, weights: Weights, layout: Layout):
@@ -100,6 +100,7 @@ class Engine:
         if layout.is_last_stage:
             self._final_norm = Norm(weights, "decoder.final_layernorm")
         self.cache = self.new_cache()
+        self.graphs = None if self.device.type == "cpu" else StepGraphs(self.device)
 
     def new_cache(self) -> KVCache:
         """A cache without rows for this rank's layers and heads."""
@@ -132,7 +133,8 @@ class Engine:
         self.cache.add_rows(lengths)
         runs = _equal_runs(first_row, lengths)
 
-        def attend(layer, query, key, value):
+        def attend(layer, rotation, qkv):
+            query, key, value = _rotated(qkv, rotation)
             out = torch.empty_like(query)
             for row, tokens, length in runs:
                 q, k, v = (
@@ -150,30 +152,49 @@ class Engine:
 
     @torch.inference_mode()
     def decode(self, tokens: Sequence[int], position_ids: Sequence[int]) -> torch.Tensor:
-        """Appends a token to every row of the cache; returns logits fp32 [rows, v] of the next."""
-        inputs = torch.tensor([tokens, position_ids, self.cache.lengths]).to(self.device)
-        self.cache.lengths = [length + 1 for length in self.cache.lengths]
-        longest = max(self.cache.lengths)
-        self.cache.reserve(longest)
+        """Appends a token to every row of the cache; returns logits fp32 [rows, v] of the next,
+        which on a GPU the next step overwrites."""
+        inputs = [tokens, position_ids, self.cache.add_tokens()]
+        if self.graphs is None:
+            return self._step(torch.tensor(inputs))
+        return self.graphs(self._step, inputs, self.cache.memory)
+
+    def _step(self, inputs: torch.Tensor) -> torch.Tensor:
+        """inputs: tokens, position ids, and where the tokens go in their rows of the cache."""
+        tokens, position_ids, places = inputs
+        attend = self._attend_by_mask if self.graphs is None else self._attend_by_kernel
+        return self._logits(self._forward(tokens, position_ids, attend(places)))
+
+    def _attend_by_kernel(self, places: torch.Tensor) -> Callable[..., torch.Tensor]:
+        from megatron_glm.inference.decode_attention import attend
+
+        return lambda layer, rotation, qkv: attend(
+            qkv, rotation, places, *self.cache.layer(layer)
+        )
+
+    def _attend_by_mask(self, places: torch.Tensor) -> Callable[..., torch.Tensor]:
         mask = None
+        longest = max(self.cache.lengths)
         if min(self.cache.lengths) < longest:
             # [rows, 1, 1, tokens]: where rows end.
-            mask = torch.arange(longest, device=self.device) <= inputs[2][:, None, None, None]
+            mask = torch.arange(longest) <= places[:, None, None, None]
 
-        def attend(layer, query, key, value):
-            keys, values = self.cache.append(layer, inputs[2], key, value)
+        def attend(layer, rotation, qkv):
+            query, key, value = _rotated(qkv, rotation)
+            keys, values = self.cache.append(layer, places, key, value)
             return F.scaled_dot_product_attention(
                 query[:, :, None], keys, values, attn_mask=mask
             )[:, :, 0]
 
-        return self._logits(self._forward(inputs[0], inputs[1], attend))
+        return attend
 
     def _forward(
         self, tokens: torch.Tensor, position_ids: torch.Tensor, attend: Callable[..., torch.Tensor]
     ) -> torch.Tensor:
         """Hidden states [t, h] behind this stage's layers for tokens [t] at positions [t].
 
-        attend: an `Attend` that takes the layer's number within the stage first."""
+        attend: an `Attend` that takes the layer's number within the stage and the tokens' rotation,
+        fp32 [t, 1, 1, d], first."""
         rotation = self._rotary(position_ids[None])
         if self.layout.is_first_stage:
             x = self._embed(tokens)
@@ -181,7 +202,7 @@ class Engine:
             shape = (len(tokens), self.settings.dimensions.hidden_size)
             x = self.layout.receive(torch.empty(shape, dtype=self.dtype, device=self.device))
         for number, layer in enumerate(self.layers):
-            x = layer(x, rotation, partial(attend, number))
+            x = layer(x, partial(attend, number, rotation))
         if not self.layout.is_last_stage:
             self.layout.send(x)
         return x
@@ -203,6 +224,14 @@ class Engine:
             shape = (len(x), self.settings.dimensions.vocab_size)
             logits = torch.empty(shape, dtype=torch.float32, device=self.device)
         return self.layout.from_last_stage(logits)
+
+
+def _rotated(
+    qkv: torch.Tensor, rotation: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query and key, turned in fp32, and value, each [t, n, d]."""
+    query, key = rotate(qkv[:, :, :2].float(), rotation).to(qkv.dtype).unbind(2)
+    return query, key, qkv[:, :, 2]
 
 
 def _equal_runs(first_row: int, lengths: Sequence[int]) -> list[tuple[int, slice, int]]:

@@ -1,18 +1,24 @@
 """Keys and values of the tokens that rows have seen so far."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
+
+
+def padded_rows(num_rows: int) -> int:
+    """The number of rows that there is memory for: a power of 2 up to 8, then a multiple of 8."""
+    return 1 << (num_rows - 1).bit_length() if num_rows <= 8 else -(-num_rows // 8) * 8
 
 
 class KVCache:
     """Keys and values of some rows, each of its own length, left-aligned.
 
     Rows 0 to `num_rows` - 1 are in use; `lengths` says how many tokens each holds. Memory is taken
-    in steps of `STEP` tokens as rows grow. Keys and values of a layer: [rows, n, tokens, d].
+    in steps of `STEP` tokens and of `padded_rows` as rows grow. Keys and values of a layer:
+    [rows, n, tokens, d].
     """
 
-    STEP = 128
+    STEP = 256
 
     def __init__(
         self,
@@ -31,10 +37,27 @@ class KVCache:
     def num_rows(self) -> int:
         return len(self.lengths)
 
+    @property
+    def memory(self) -> Hashable:
+        """What is equal as long as `layer` gives the same memory in the same shape."""
+        return self._store.data_ptr(), self._store.shape
+
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All memory for keys and values of a layer, that of rows that are not in use included."""
+        keys, values = self._store[layer]
+        return keys, values
+
     def add_rows(self, lengths: Sequence[int]) -> None:
         """Makes room for new rows behind the others, their tokens to be written by `write_row`."""
         self.lengths += lengths
         self.reserve(max(self.lengths, default=0))
+
+    def add_tokens(self) -> list[int]:
+        """Makes room for a token behind every row; returns their indices, to be written there."""
+        places = self.lengths
+        self.lengths = [length + 1 for length in places]
+        self.reserve(max(self.lengths))
+        return places
 
     @torch.inference_mode()
     def reserve(self, length: int) -> None:
@@ -43,7 +66,7 @@ class KVCache:
         if self.num_rows <= rows and length <= capacity:
             return
         shape = list(self._store.shape)
-        shape[2] = max(self.num_rows, rows)
+        shape[2] = max(padded_rows(self.num_rows), rows)
         shape[4] = max(-(-length // self.STEP) * self.STEP, capacity)
         # Zeros, for what is masked is still multiplied by 0, and memory may hold NaN.
         grown = self._store.new_zeros(shape)

@@ -11,7 +11,7 @@ LAYERS, HEADS, DIM = 2, 2, 4
 
 actions = st.lists(
     st.one_of(
-        st.tuples(st.just("add"), st.lists(st.integers(1, 150), min_size=1, max_size=3)),
+        st.tuples(st.just("add"), st.lists(st.integers(1, 300), min_size=1, max_size=3)),
         st.tuples(st.just("append"), st.none()),
         st.tuples(st.just("select"), st.lists(st.integers(0, 99), max_size=5)),
     ),
@@ -41,9 +41,7 @@ def test_cache_is_a_list_of_rows(actions):
                     cache.write_rows(layer, row, *stacked[layer])
         elif action == "append" and expected:
             new = [token() for _ in expected]
-            at = torch.tensor(cache.lengths)
-            cache.lengths = [length + 1 for length in cache.lengths]
-            cache.reserve(max(cache.lengths))
+            at = torch.tensor(cache.add_tokens())
             for layer in range(LAYERS):
                 stacked = torch.stack([t[layer] for t in new])
                 cache.append(layer, at, stacked[:, 0], stacked[:, 1])
