@@ -3,15 +3,16 @@
 For each form (fp16, bf16, INT8, INT4) and batch: milliseconds of reading the contexts and of one
 step, tokens a second, TFLOP/s of the layers' products while reading, the speed of a step against
 bf16's, and what a step reads (weights and cache) as a share of the memory bandwidth that a copy
-reaches. INT8 and INT4 compute in bf16, with -fp16 in fp16. Weights are random; forms take turns, so
-that whatever else the machine does falls on all of them. A form that does not fit has the reason in
-its row.
+reaches; where steps are replayed as CUDA graphs, also milliseconds of one that is not. INT8 and
+INT4 compute in bf16, with -fp16 in fp16. Weights are random; forms take turns, so that whatever
+else the machine does falls on all of them. A form that does not fit has the reason in its row.
 """
 
 import argparse
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,6 +37,8 @@ FORMS = {
     "int4-fp16": (torch.float16, 4),
 }
 YARDSTICK = "bf16"
+# Steps of a round that are not replayed.
+EAGER_STEPS = 8
 SHAPES = {
     "cpu": {"num_layers": 4, "context": 64, "batches": [1, 8], "steps": 5},
     "cuda": {"num_layers": 12, "context": 1024, "batches": [1, 8, 32], "steps": 50},
@@ -74,7 +77,7 @@ def make_engine(arguments: argparse.Namespace, form: str) -> Engine:
         arguments.num_layers, arguments.hidden_size, arguments.ffn_hidden_size,
         arguments.num_attention_heads, arguments.vocab_size,
     )
-    source = RandomSource(dimensions, bits, arguments.context + arguments.steps + 8)
+    source = RandomSource(dimensions, bits, arguments.context + arguments.steps + EAGER_STEPS)
     weights = Weights(source, Layout(), torch.device(arguments.device), dtype)
     return Engine(source.settings, weights, Layout())
 
@@ -103,7 +106,7 @@ class Measurement:
         self.engine, self.batch, self.steps = engine, batch, steps
         vocab_size = engine.settings.dimensions.vocab_size
         self._contexts = torch.randint(vocab_size, (batch, context)).tolist()
-        self.prefill_s = self.step_s = float("inf")
+        self.prefill_s = self.step_s = self.eager_step_s = float("inf")
 
     def take(self, has_prefill: bool) -> None:
         """Measures once more."""
@@ -116,10 +119,24 @@ class Measurement:
         else:
             # Zeros: a step takes the same time whatever the cache holds.
             engine.cache.add_rows([length] * batch)
-        for step in range(self.steps):
-            positions = [length + step] * batch
-            seconds = timed(lambda at=positions: engine.decode([1] * batch, at), engine.device)
-            self.step_s = min(self.step_s, seconds)
+        self.step_s = min(self.step_s, *self._seconds_of_steps(range(self.steps)))
+        if self._is_replayed:
+            steps = range(self.steps, self.steps + EAGER_STEPS)
+            engine.graphs.enabled = False
+            try:
+                self.eager_step_s = min(self.eager_step_s, *self._seconds_of_steps(steps))
+            finally:
+                engine.graphs.enabled = True
+
+    @property
+    def _is_replayed(self) -> bool:
+        return self.engine.graphs is not None and self.engine.graphs.enabled
+
+    def _seconds_of_steps(self, steps: range) -> Iterator[float]:
+        for step in steps:
+            positions = [len(self._contexts[0]) + step] * self.batch
+            decode = partial(self.engine.decode, [1] * self.batch, positions)
+            yield timed(decode, self.engine.device)
 
     def row(self, form: str, bandwidth: float, yardstick: "Measurement | None") -> dict:
         length = len(self._contexts[0])
@@ -139,6 +156,8 @@ class Measurement:
             "read_gb_per_s": num_bytes / self.step_s / 1e9,
             "of_copy_bandwidth": num_bytes / self.step_s / bandwidth,
         }
+        if self._is_replayed:
+            row["eager_step_ms"] = self.eager_step_s * 1e3
         if yardstick is not None:
             row["speed_of_bf16"] = yardstick.step_s / self.step_s
         return row
