@@ -79,8 +79,11 @@ def query_word(seed: Tensor, row: Tensor, query: Tensor) -> Tensor:
 
 
 def key_word(seed: Tensor, key: Tensor) -> Tensor:
-    """int32 word of a key, the same for every sequence and head."""
-    return mix(key.to(torch.int32) * GOLDEN + seed[1])
+    """int32 word of a key, the same for every sequence and head.
+
+    Not mixed: a kernel makes it anew in every block, and the words of queries are random enough.
+    """
+    return key.to(torch.int32) * GOLDEN + seed[1]
 
 
 def is_kept(query_words: Tensor, key_words: Tensor, threshold: int | Tensor) -> Tensor:

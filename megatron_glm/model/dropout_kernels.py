@@ -20,14 +20,14 @@ def _mix(x):
 
 @triton.jit
 def _words(seed, index):
-    return _mix(index.to(tl.uint32) * GOLDEN + seed)
+    return index.to(tl.uint32) * GOLDEN + seed
 
 
 @triton.jit
 def query_word(seed_pointer, row, query):
     """uint32 words of the rows of a mask: queries of the (sequence, head) pair `row`."""
     seed = tl.load(seed_pointer).to(tl.uint32, bitcast=True)
-    return _mix(_words(seed, row) + query.to(tl.uint32))
+    return _mix(_mix(_words(seed, row)) + query.to(tl.uint32))
 
 
 @triton.jit

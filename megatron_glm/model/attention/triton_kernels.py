@@ -246,11 +246,9 @@ def backward_keys(
             kept = is_kept(
                 query_word(seed_pointer, pair, rows)[None, :], key_words[:, None], threshold
             )
-            factor = tl.where(kept, keep_factor, 0.0)
-            slope *= factor
-            dropped *= factor
+            dropped *= tl.where(kept, keep_factor, 0.0)
         dv = tl.dot(dropped.to(grad.dtype), grad, dv, input_precision=PRECISION)
-        slope = probability * (slope - delta[None, :])
+        slope = dropped * slope - probability * delta[None, :]
         dk = tl.dot(slope.to(query.dtype), query, dk, input_precision=PRECISION)
 
     dk_pointer += batch * dk_b + head * dk_n

@@ -53,9 +53,10 @@ def test_kernels_compile_and_fit_the_shared_memory(kernel, gpu):
     assert ("wgmma" in program.asm["ptx"]) == (gpu == "H100")
 
 
+@pytest.mark.parametrize("has_dropout", [False, True])
 @pytest.mark.parametrize("kernel", ["forward", "backward_queries", "backward_keys"])
-def test_code_for_hopper_neither_spills_nor_serialises(kernel, tmp_path):
-    said = assemble(compiled(kernel, 128, False, "H100"), tmp_path)
+def test_code_for_hopper_neither_spills_nor_serialises(kernel, has_dropout, tmp_path):
+    said = assemble(compiled(kernel, 128, has_dropout, "H100"), tmp_path)
     assert NO_SPILLS in said and "serialized" not in said
 
 
