@@ -10,8 +10,8 @@ import os
 # Tensor parallelism overlaps rightly only when kernels start in the order of their launch. CUDA
 # reads it when it starts, as it does for the patches, which ask whether there is a GPU.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-# FlashAttention-4 keeps the kernels that it compiles for the next start. It reads this when Megatron
-# imports it.
+# FlashAttention-4 keeps the kernels that it compiles for the next start. It reads this when
+# Megatron imports it.
 os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
 
 import patches  # noqa: E402
@@ -100,8 +100,12 @@ def tokenizer_from_args(args: Namespace) -> GLMTokenizer:
 def model_config_from_args(args: Namespace) -> GLMModelConfig:
     transformer = core_transformer_config_from_args(args, config_class=GLMTransformerConfig)
     config = gpt_config_from_args(args, transformer, GLMModelConfig)
+    choose = partial(
+        choose_attention_backend,
+        checks_mask=args.mask_conformance_check, checks_kernel=args.kernel_conformance_check,
+    )  # fmt: skip
     hooks = {
-        choose_attention_backend: True,
+        choose: True,
         check_mask_conformance: args.mask_conformance_check,
         check_kernel_conformance: args.kernel_conformance_check,
         check_split_adam: args.kernel_conformance_check and uses_split_adam(args),

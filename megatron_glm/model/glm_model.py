@@ -113,11 +113,18 @@ class GLMModel(GPTModel):
 
 
 def choose_attention_backend(
-    chunks: list[torch.nn.Module], *, micro_batch_size: int, seq_length: int, max_samples: int
+    chunks: list[torch.nn.Module],
+    *,
+    micro_batch_size: int,
+    seq_length: int,
+    max_samples: int,
+    checks_mask: bool,
+    checks_kernel: bool,
 ) -> list[torch.nn.Module]:
-    """Has auto mean the backend that is fastest on this GPU at the shape of the run.
+    """Has auto mean the fastest backend that works on this GPU at the shape of the run.
 
-    A hook after wrapping, as `check_mask_conformance`, to come before it. On a CPU, and where
+    checks_mask, checks_kernel: whether one works that the two checks below would refuse. A hook
+    after wrapping, as `check_mask_conformance`, to come before it. On a CPU, and where
     --deterministic-mode asks for the same kernels in every run, auto means what `backends` says.
     """
     model, layer = _first_layer(chunks)
@@ -127,8 +134,15 @@ def choose_attention_backend(
     is_timed = setup.device.type == "cuda" and not model.config.deterministic_mode
     if setup.backend == "auto" and is_timed:
         from megatron_glm.model.attention.trial import fastest_backend
+        from megatron_glm.model.fused.conformance import check_attention_kernel
 
-        best = fastest_backend(setup, model.pg_collection.tp)
+        def check(setup: AttentionSetup) -> None:
+            if checks_mask:
+                check_backend(setup)
+            if checks_kernel:
+                check_attention_kernel(setup)
+
+        best = fastest_backend(setup, model.pg_collection.tp, check)
         for chunk in map(unwrap_model, chunks):
             for layer in chunk.decoder.layers:
                 layer.self_attention.core_attention.backend = best

@@ -1,11 +1,13 @@
 """Which backend trains fastest on this GPU at the shape of the run? Timed before training."""
 
 import logging
+from collections.abc import Callable
 
 import torch
 from megatron.core.utils import log_single_rank
 from triton.testing import do_bench
 
+from megatron_glm.errors import GLMError
 from megatron_glm.model.attention.backends import NO_DROPOUT, load_backend
 from megatron_glm.model.attention.bounds import make_samples
 from megatron_glm.model.attention.conformance import AttentionSetup
@@ -22,12 +24,18 @@ PLACES = 4
 """For samples, as most micro-batches have."""
 
 
-def fastest_backend(setup: AttentionSetup, group: torch.distributed.ProcessGroup) -> str:
+def fastest_backend(
+    setup: AttentionSetup,
+    group: torch.distributed.ProcessGroup,
+    check: Callable[[AttentionSetup], None],
+) -> str:
     """Name of the candidate that takes least for a forward and a backward pass.
 
     Every rank of the group must call it and gets the answer of the first. A candidate that does not
-    work on this machine is passed over; where none does, the first is returned, for its error to be
-    seen.
+    work on this machine, or for which `check` raises, is passed over.
+
+    Raises:
+        GLMError: none works here, with the reasons.
     """
     milliseconds: dict[str, float] = {}
     reasons: dict[str, str] = {}
@@ -35,11 +43,17 @@ def fastest_backend(setup: AttentionSetup, group: torch.distributed.ProcessGroup
     candidates = [name for name in CANDIDATES if name not in left_out]
     for name in candidates:
         try:
+            check(setup._replace(backend=name))
             milliseconds[name] = _milliseconds(name, setup)
         # Whatever stops a kernel, another one may do.
         except Exception as error:
             reasons[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    best = min(milliseconds, key=milliseconds.get, default=candidates[0])
+    if not milliseconds:
+        raise GLMError(
+            "--glm-attention-backend auto: none works here: "
+            f"{'; '.join(f'{name} {reason}' for name, reason in reasons.items())}"
+        )
+    best = min(milliseconds, key=milliseconds.get)
     choice = torch.tensor([candidates.index(best)], device=setup.device)
     torch.distributed.broadcast(choice, group=group, group_src=0)
     best = candidates[choice.item()]

@@ -58,31 +58,46 @@ def check_kernels(
     Raises:
         KernelConformanceError: names the kernel, what of it is wrong, and the flag to go without.
     """
-    dtype, device = attention.dtype, attention.device
-    generator = torch.Generator(device).manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=device).to(dtype)
-
+    draw = _drawing(attention)
     checks = {f"attention backend {attention.backend}": _attention(attention, draw)}
     if with_weight_gradient:
         checks["wgrad_gemm_accum_fp32"] = _weight_gradient(sizes, draw)
     if with_fused:
-        dropout = fixed_dropout(0.25, device)
+        dropout = fixed_dropout(0.25, attention.device)
         inputs = Inputs(sizes, draw, dropout, partial(drop_channels, dropout=dropout))
         checks |= {name: Check(make(inputs)) for name, make in OPERATIONS.items()}
     for name, check in checks.items():
-        tolerance = max(4 * torch.finfo(dtype).eps, check.floor)
-        try:
-            fault = _fault(check.operation, draw, tolerance)
-        # Whatever stops a kernel, the run can go on without it.
-        except Exception as error:
-            fault = f"stops with {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        if fault is not None:
-            raise KernelConformanceError(
-                f"kernel {name} on {device} in {dtype} {fault}. Train with {check.without}, "
-                "and report this"
-            )
+        _compare(name, check, attention, draw)
+
+
+def check_attention_kernel(setup: AttentionSetup) -> None:
+    """`check_kernels` of attention alone."""
+    draw = _drawing(setup)
+    _compare(f"attention backend {setup.backend}", _attention(setup, draw), setup, draw)
+
+
+def _drawing(setup: AttentionSetup) -> Callable[..., Tensor]:
+    """What draws the tensors of a check, of the dtype and on the device of the kernels."""
+    generator = torch.Generator(setup.device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=setup.device).to(setup.dtype)
+
+    return draw
+
+
+def _compare(name: str, check: Check, setup: AttentionSetup, draw: Callable) -> None:
+    tolerance = max(4 * torch.finfo(setup.dtype).eps, check.floor)
+    try:
+        fault = _fault(check.operation, draw, tolerance)
+    # Whatever stops a kernel, the run can go on without it.
+    except Exception as error:
+        fault = f"stops with {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    if fault is not None:
+        raise KernelConformanceError(
+            f"kernel {name} on {setup.device} in {setup.dtype} {fault}. Train with "
+            f"{check.without}, and report this"
+        )
 
 
 def _attention(setup: AttentionSetup, draw: Callable) -> Check:

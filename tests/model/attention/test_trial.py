@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from megatron_glm.errors import GLMError
 from megatron_glm.model import glm_model
 from megatron_glm.model.attention import trial
 from megatron_glm.model.attention.conformance import AttentionSetup
+from megatron_glm.model.fused import conformance
 from tests.model.building import build_glm
 from tests.ranks import run_ranks
 
@@ -15,7 +17,7 @@ SETUP = AttentionSetup(
 )  # fmt: skip
 
 
-def choose(milliseconds: list[dict], dropout: float) -> str:
+def choose(milliseconds: list[dict], dropout: float, wrong: tuple[str, ...] = ()) -> str:
     mine = milliseconds[torch.distributed.get_rank()]
 
     def timed(name, setup):
@@ -23,9 +25,16 @@ def choose(milliseconds: list[dict], dropout: float) -> str:
             raise RuntimeError("does not work here\nmore")
         return mine[name]
 
+    def check(setup):
+        if setup.backend in wrong:
+            raise GLMError(f"{setup.backend} computes something else")
+
     trial._milliseconds = timed
     setup = SETUP._replace(dropout_probability=dropout)
-    return trial.fastest_backend(setup, torch.distributed.group.WORLD)
+    try:
+        return trial.fastest_backend(setup, torch.distributed.group.WORLD, check)
+    except GLMError as error:
+        return str(error)
 
 
 @pytest.mark.ranks
@@ -35,7 +44,6 @@ def choose(milliseconds: list[dict], dropout: float) -> str:
         ([{"flex": 2.0, "triton": 1.5, "cudnn": 1.0}], "cudnn"),
         ([{"flex": 1.0, "triton": 1.5}], "flex"),
         ([{"flex": 1.0, "flash": 0.9}], "flash"),
-        ([{}], "triton"),
         # Ranks that differ follow the first.
         ([{"flex": 1.0, "triton": 1.1}, {"flex": 1.1, "triton": 1.0}], "flex"),
     ],
@@ -43,6 +51,21 @@ def choose(milliseconds: list[dict], dropout: float) -> str:
 def test_the_fastest_that_works_is_chosen_on_every_rank(milliseconds, best):
     size = len(milliseconds)
     assert run_ranks(choose, milliseconds, 0.0, world_size=size) == [best] * size
+
+
+@pytest.mark.ranks
+def test_what_is_fast_and_wrong_is_passed_over():
+    times = [{"flash": 0.5, "cudnn": 0.6, "triton": 1.5}]
+    assert run_ranks(choose, times, 0.0, ("flash", "cudnn"), world_size=1) == ["triton"]
+
+
+@pytest.mark.ranks
+def test_where_none_works_every_reason_is_given():
+    (message,) = run_ranks(choose, [{"flex": 1.0}], 0.1, ("cudnn",), world_size=1)
+    assert message == (
+        "--glm-attention-backend auto: none works here: triton RuntimeError: does not work here; "
+        "cudnn GLMError: cudnn computes something else"
+    )
 
 
 @pytest.mark.ranks
@@ -75,8 +98,9 @@ def hook(options: dict, device: str) -> list[str]:
     chunks = build_glm(**options)
     setup = glm_model._attention_setup
     glm_model._attention_setup = lambda *given: setup(*given)._replace(device=torch.device(device))
-    trial.fastest_backend = lambda setup, group: "triton"
-    shape = {"micro_batch_size": 2, "seq_length": 64, "max_samples": 8}
+    trial.fastest_backend = lambda setup, group, check: "triton"
+    shape = {"micro_batch_size": 2, "seq_length": 64, "max_samples": 8, "checks_mask": True,
+             "checks_kernel": True}  # fmt: skip
     done = glm_model.choose_attention_backend(chunks, **shape)
     assert done is chunks
     return [layer.self_attention.core_attention.backend for layer in chunks[0].decoder.layers]
@@ -95,3 +119,23 @@ def hook(options: dict, device: str) -> list[str]:
 def test_auto_alone_is_timed_and_on_a_gpu_alone(options, device, backend):
     (backends,) = run_ranks(hook, options, device, world_size=1)
     assert set(backends) == {backend} and len(backends) > 1
+
+
+def checked_by(checks_mask: bool, checks_kernel: bool) -> list[str]:
+    calls = []
+    trial.fastest_backend = lambda setup, group, check: check(setup) or "triton"
+    glm_model.check_backend = lambda setup: calls.append("mask")
+    conformance.check_attention_kernel = lambda setup: calls.append("kernel")
+    setup = glm_model._attention_setup
+    glm_model._attention_setup = lambda *given: setup(*given)._replace(device=torch.device("cuda"))
+    glm_model.choose_attention_backend(
+        build_glm(), micro_batch_size=2, seq_length=64, max_samples=8, checks_mask=checks_mask,
+        checks_kernel=checks_kernel,
+    )
+    return calls
+
+
+@pytest.mark.ranks
+def test_candidates_are_checked_as_the_run_checks_its_backend():
+    assert run_ranks(checked_by, True, False, world_size=1) == [["mask"]]
+    assert run_ranks(checked_by, False, True, world_size=1) == [["kernel"]]
