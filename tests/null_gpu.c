@@ -233,6 +233,16 @@ cudaError_t cudaGetDriverEntryPointByVersion(
   return cudaSuccess;
 }
 
+CUresult cuGetProcAddress_v2(const char *name, void **found, int version, cuuint64_t flags,
+                             CUdriverProcAddressQueryResult *result) {
+  *found = dlsym(RTLD_DEFAULT, name);
+  if (result) *result = *found ? CU_GET_PROC_ADDRESS_SUCCESS : CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND;
+  return *found ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
+}
+CUresult cuInit(unsigned flags) { return CUDA_SUCCESS; }
+CUresult cuDeviceGetCount(int *count) { return (CUresult)cudaGetDeviceCount(count); }
+CUresult cuDriverGetVersion(int *version) { return (CUresult)cudaDriverGetVersion(version); }
+
 /* Streams and events: names. */
 
 static cudaError_t name(void **handle) {

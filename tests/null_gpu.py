@@ -1,10 +1,11 @@
 """A GPU that computes nothing, on which programs run whole: `run_on_null_gpu(program, *flags)`.
 
-CUDA's libraries are replaced by null_gpu.c in a process of its own. Everything else is what runs
-on a GPU: the choice of patches, torch's checks of devices and types, its allocator, autograd's
-threads, Triton's and Inductor's compilers, which make code for an H200, and the launch of what
-they have made. So a program that stops there for another reason than its numbers, which are zeros
-and leftovers, stops on a GPU as well, and its memory and its waits are those of a GPU.
+CUDA's libraries are replaced by null_gpu.c in a process of its own, what CuTe's kernels call by
+null_cute.c. Everything else is what runs on a GPU: the choice of patches, torch's checks of devices
+and types, its allocator, autograd's threads, the compilers of Triton, Inductor and CuTe, which make
+code for an H200, and the launch of what they have made. So a program that stops there for another
+reason than its numbers, which are zeros and leftovers, stops on a GPU as well, and its memory and
+its waits are those of a GPU.
 """
 
 import atexit
@@ -23,6 +24,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = "libcuda.so.1"
+CUTE_LIBRARY = "libcute_dsl_runtime.so"
 # torch's libraries that call CUDA, and what they and Triton's driver call.
 CALLERS = ("torch_cuda", "c10_cuda", "torch_python", "torch_cpu", "caffe2_nvrtc")
 CALLED = re.compile(r"\b((?:__)?cuda[A-Z]\w+|cublas\w+|nccl\w+|cu(?!File)[A-Z][a-z]\w*)\b")
@@ -46,8 +48,9 @@ def run_on_null_gpu(
     folder = str(_build())
     environment = os.environ | {
         "LD_PRELOAD": f"{folder}/{LIBRARY}", "LD_LIBRARY_PATH": folder,
-        "TRITON_LIBCUDA_PATH": folder, "CUDA_VISIBLE_DEVICES": "0", "RANK": "0", "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
+        "TRITON_LIBCUDA_PATH": folder, "CUTE_DSL_LIBS": f"{folder}/{CUTE_LIBRARY}",
+        "CUDA_VISIBLE_DEVICES": "0", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
         # At the end Inductor would wait 300 s for compilers of its own that do not stop.
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
     }  # fmt: skip
@@ -86,11 +89,15 @@ def _build() -> Path:
         f"__attribute__((weak)) int {name}(void) {{ return 0; }}\n"
         for name in sorted(_called(site_packages))
     ))
+    include = [f"-I{path}" for path in headers]
+    compile_library = [compiler, "-shared", "-fPIC", "-O1", "-w", *include]
     subprocess.run(
-        [compiler, "-shared", "-fPIC", "-O1", "-w", *(f"-I{path}" for path in headers),
-         source, rest, "-o", folder / LIBRARY, f"-Wl,-soname,{LIBRARY}", "-ldl", "-lpthread"],
+        [*compile_library, source, rest, "-o", folder / LIBRARY, f"-Wl,-soname,{LIBRARY}", "-ldl",
+         "-lpthread"],
         check=True,
     )  # fmt: skip
+    cute = source.with_name("null_cute.c")
+    subprocess.run([*compile_library, cute, "-o", folder / CUTE_LIBRARY], check=True)
     # By this name Triton's linker looks for it.
     (folder / "libcuda.so").symlink_to(LIBRARY)
     return folder

@@ -6,6 +6,7 @@ fused kernels, pinned memory, streams, NCCL, fused Adam, and who waits is counte
 
 import pytest
 
+from tests.model.attention.libraries import skip_without_library
 from tests.training.pretraining import pretrain_on_null_gpu
 
 LAYERS, MICRO_BATCHES, STEPS = 4, 4, 3
@@ -63,12 +64,16 @@ RUNS = {
          "--glm-attention-backend", "cudnn", "--glm-recompute-norms-and-geglu"],
         {"cudnn": 4, "merge": 1} | MADE_AGAIN,
     ),
+    # Its kernels are none of Triton's.
+    "bf16, flash": (["--bf16", "--glm-attention-backend", "flash"], {}),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_steps_run_on_a_gpu_and_no_pass_waits(corpus, name):
     flags, of_attention = RUNS[name]
+    if "flash" in flags:
+        skip_without_library("flash")
     passes = pretrain_on_null_gpu(PROGRAM, [*corpus.flags, *flags, "--train-iters", str(STEPS)])
     assert len(passes) == STEPS
     of_layer = {key: OF_LAYER.get(key, 0) + of_attention.get(key, 0)
