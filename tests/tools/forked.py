@@ -1,18 +1,22 @@
 """Runs of a tool's `main` in processes that start in milliseconds.
 
-They are forked from a server that has imported the tool once, and, unlike the process of the
-tests, neither torch nor a thread.
+They are forked from a server that has imported the tools once, and, unlike the process of the
+tests and the server of `run_ranks`, neither torch nor a thread.
 """
 
 import multiprocessing
 import os
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
-PRELOADED = ["pytest", "pyarrow.parquet", "tools.preprocess_data", "tools.train_tokenizer"]
+SERVER = forkserver.ForkServer()
+SERVER.set_forkserver_preload(["tests.tools.forked_preload"])
 
 
 class Result(NamedTuple):
@@ -24,12 +28,14 @@ def start(module, argv, log, setup=None, setup_args=()):
     """A running process of `module`.main() with its output in the file `log`; `setup` is called in
     it first."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     os.environ["PYTHONPATH"] = str(ROOT)
     process = context.Process(
         target=_main, args=(module, [str(arg) for arg in argv], str(log), setup, setup_args)
     )
-    process.start()
+    with pytest.MonkeyPatch.context() as patch:
+        # A context knows one server of the process, that of `run_ranks`.
+        patch.setattr(forkserver, "connect_to_new_process", SERVER.connect_to_new_process)
+        process.start()
     return process
 
 
