@@ -13,6 +13,7 @@ from itertools import groupby
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_glm.checkpoint.reference import LAYERNORM_EPSILON, ROTARY_BASE
 from megatron_glm.checkpoint.settings import Settings
@@ -24,6 +25,10 @@ from megatron_glm.model.rotary import RotaryTable, rotate
 
 # Tokens that are read at a time, for activations to stay small beside the weights.
 PREFILL_TOKENS = 8192
+# Not cuDNN, which torch prefers on Hopper and Blackwell: it plans anew for every length.
+PREFILL_ATTENTION = [
+    SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH,
+]  # fmt: skip
 
 
 class Norm:
@@ -148,7 +153,8 @@ class Engine:
 
         tokens = torch.tensor([token for context in contexts for token in context])
         positions = torch.cat([torch.arange(length) for length in lengths])
-        self._forward(tokens.to(self.device), positions.to(self.device), attend)
+        with sdpa_kernel(PREFILL_ATTENTION):
+            self._forward(tokens.to(self.device), positions.to(self.device), attend)
 
     @torch.inference_mode()
     def decode(self, tokens: Sequence[int], position_ids: Sequence[int]) -> torch.Tensor:

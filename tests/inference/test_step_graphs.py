@@ -75,8 +75,6 @@ def spoil(engine):
     # Where all else is.
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
 
-# It would be asked for attention, and is not there.
-torch.backends.cuda.enable_cudnn_sdp(False)
 count, *flags = sys.argv[1:]
 for form in flags[:int(count)]:
     engine = decode.make_engine(decode.parse(flags[int(count):]), form)
