@@ -38,7 +38,7 @@ def test_the_sum_is_that_in_fp64_to_fp32_rounding(dtype, device):
     address = main_grad.data_ptr()
     weight_gradient.wgrad_gemm_accum_fp32(total_input, grad_output, main_grad)
     assert main_grad.data_ptr() == address
-    # TOKENS products of size 1, each rounded to fp32; but tensor cores add 16 of them at a time, cut
+    # TOKENS products of size 1, each rounded to fp32; tensor cores add 16 of them at a time, cut
     # off at the last bit of the largest: emulated with these operands, 1.65 times as much.
     units = 2 * TOKENS if device == "cuda" and dtype != torch.float32 else TOKENS
     torch.testing.assert_close(main_grad.double(), expected, rtol=0, atol=units * 2.0**-23)
