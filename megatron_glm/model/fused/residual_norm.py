@@ -129,9 +129,15 @@ class _ResidualNorm(torch.autograd.Function):
 
 
 def row_of(columns: int) -> tuple[dict[str, int], int]:
-    """Constants of the forward kernel, and its warps: a row for each program."""
-    block = triton.next_power_of_2(columns)
-    return {"COLUMNS": columns, "BLOCK": block}, min(max(block // 512, 1), 32)
+    """Constants of the forward kernel, and its warps: a row for each program.
+
+    By blocks of 4096 one of 12288 has no columns too many, and a multiprocessor room for two.
+    """
+    block = min(triton.next_power_of_2(columns), 4096)
+    blocks = triton.cdiv(columns, block)
+    return {"COLUMNS": columns, "BLOCK": block, "BLOCKS": blocks}, min(
+        max(block * blocks // 512, 1), 16
+    )
 
 
 class Tiles(NamedTuple):

@@ -16,35 +16,52 @@ def forward(
     z_pointer, y_pointer, mean_pointer, rstd_pointer, eps,
     alpha, seed_pointer, threshold, keep_factor,
     COLUMNS: tl.constexpr, SUM: tl.constexpr, NORM: tl.constexpr, DROPOUT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):
-    """One row; grid (rows,)."""
+    """One row, of so many blocks; grid (rows,)."""
     row = tl.program_id(0)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < COLUMNS
-    elements = row.to(tl.int64) * COLUMNS + columns
-    z = tl.load(x_pointer + elements, mask=inside, other=0.0).to(tl.float32)
-    if SUM:
-        z += tl.load(bias_pointer + columns, mask=inside, other=0.0).to(tl.float32)
-        if DROPOUT:
-            row_word = token_word(seed_pointer, row)
-            kept = is_kept(row_word, key_word(seed_pointer, columns), threshold)
-            z = tl.where(kept, z * keep_factor, 0.0)
-        z += alpha * tl.load(residual_pointer + elements, mask=inside, other=0.0).to(tl.float32)
-        # The backward pass sees z as it is stored: so must the norm.
-        rounded = z.to(z_pointer.dtype.element_ty)
-        tl.store(z_pointer + elements, rounded, mask=inside)
-        z = rounded.to(tl.float32)
+    blocks = ()
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for block in tl.static_range(BLOCKS):
+        columns, inside, elements = _part_of_row(row, block, COLUMNS, BLOCK)
+        z = tl.load(x_pointer + elements, mask=inside, other=0.0).to(tl.float32)
+        if SUM:
+            z += tl.load(bias_pointer + columns, mask=inside, other=0.0).to(tl.float32)
+            if DROPOUT:
+                row_word = token_word(seed_pointer, row)
+                kept = is_kept(row_word, key_word(seed_pointer, columns), threshold)
+                z = tl.where(kept, z * keep_factor, 0.0)
+            residual = tl.load(residual_pointer + elements, mask=inside, other=0.0)
+            z += alpha * residual.to(tl.float32)
+            # The backward pass sees z as it is stored: so must the norm.
+            rounded = z.to(z_pointer.dtype.element_ty)
+            tl.store(z_pointer + elements, rounded, mask=inside)
+            z = rounded.to(tl.float32)
+        total += z
+        blocks = blocks + (z,)
     if NORM:
-        mean = tl.sum(z, 0) / COLUMNS
-        centred = tl.where(inside, z - mean, 0.0)
-        rstd = tl.rsqrt(tl.sum(centred * centred, 0) / COLUMNS + eps)
-        weight = tl.load(weight_pointer + columns, mask=inside, other=0.0).to(tl.float32)
-        norm_bias = tl.load(norm_bias_pointer + columns, mask=inside, other=0.0).to(tl.float32)
-        y = centred * rstd * weight + norm_bias
-        tl.store(y_pointer + elements, y.to(y_pointer.dtype.element_ty), mask=inside)
+        mean = tl.sum(total, 0) / COLUMNS
+        squares = tl.zeros((BLOCK,), dtype=tl.float32)
+        for block in tl.static_range(BLOCKS):
+            _, inside, _ = _part_of_row(row, block, COLUMNS, BLOCK)
+            centred = tl.where(inside, blocks[block] - mean, 0.0)
+            squares += centred * centred
+        rstd = tl.rsqrt(tl.sum(squares, 0) / COLUMNS + eps)
+        for block in tl.static_range(BLOCKS):
+            columns, inside, elements = _part_of_row(row, block, COLUMNS, BLOCK)
+            weight = tl.load(weight_pointer + columns, mask=inside, other=0.0).to(tl.float32)
+            norm_bias = tl.load(norm_bias_pointer + columns, mask=inside, other=0.0)
+            y = (blocks[block] - mean) * rstd * weight + norm_bias.to(tl.float32)
+            tl.store(y_pointer + elements, y.to(y_pointer.dtype.element_ty), mask=inside)
         tl.store(mean_pointer + row, mean)
         tl.store(rstd_pointer + row, rstd)
+
+
+@triton.jit
+def _part_of_row(row, block, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """Columns of a block, whether there are such, and where the row's elements lie."""
+    columns = block * BLOCK + tl.arange(0, BLOCK)
+    return columns, columns < COLUMNS, row.to(tl.int64) * COLUMNS + columns
 
 
 @triton.jit

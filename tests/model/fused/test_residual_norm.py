@@ -13,7 +13,12 @@ from megatron_glm.model.residual import Sum
 pytest.importorskip("triton")
 from megatron_glm.model.fused import residual_norm  # noqa: E402
 from megatron_glm.model.fused import residual_norm_kernels as kernels  # noqa: E402
-from tests.compiling import GPUS, assert_no_spills, compile_kernel  # noqa: E402
+from tests.compiling import (  # noqa: E402
+    GPUS,
+    assert_no_spills,
+    compile_kernel,
+    registers_of,
+)
 from tests.ptx.kernel import execute_kernels  # noqa: E402
 
 # Largest error against the largest of the exact result: in 16 bits z and y are both rounded.
@@ -45,13 +50,15 @@ def compiled_backward(columns: int, has_sum: bool, has_norm: bool, element="bf16
 
 @pytest.mark.parametrize("element", ["bf16", "fp32"])
 @pytest.mark.parametrize("columns", WIDTHS)
-def test_the_forward_pass_holds_a_row_without_spilling(columns, element, tmp_path):
+def test_the_forward_pass_holds_two_rows_without_spilling(columns, element, tmp_path):
     constants, num_warps = residual_norm.row_of(columns)
     arguments = arguments_of(
         kernels.forward, element, SUM=True, NORM=True, DROPOUT=True, **constants
     )
     program = compile_kernel(kernels.forward, arguments, num_warps)
     assert_no_spills(program, tmp_path)
+    # Of two rows one is loaded while the other is worked on.
+    assert 2 * 32 * num_warps * registers_of(program, tmp_path) <= 65536
 
 
 @pytest.mark.parametrize("columns", WIDTHS)
