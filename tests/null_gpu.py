@@ -28,15 +28,21 @@ CUTE_LIBRARY = "libcute_dsl_runtime.so"
 # torch's libraries that call CUDA, and what they and Triton's driver call.
 CALLERS = ("torch_cuda", "c10_cuda", "torch_python", "torch_cpu", "caffe2_nvrtc")
 CALLED = re.compile(r"\b((?:__)?cuda[A-Z]\w+|cublas\w+|nccl\w+|cu(?!File)[A-Z][a-z]\w*)\b")
-# Ends at once, whatever the program: torch's own end waits for a NCCL that is none.
-ENDING = """
-import atexit, os, sys, traceback
-def end(*error):
-    traceback.print_exception(*error)
-    sys.stderr.flush()
-    os._exit(1)
-sys.excepthook = end
-atexit.register(lambda: (sys.stdout.flush(), sys.stderr.flush(), os._exit(0)))
+# Runs the program and ends at once, with its status: torch's own end waits for a NCCL that is none,
+# and its hook for what nobody catches prints nothing without one.
+RUNNER = """
+import os, sys, traceback
+status, program = 0, sys.argv.pop(1)
+try:
+    exec(compile(program, "program", "exec"))
+except SystemExit as end:
+    status = end.code if isinstance(end.code, int) else int(end.code is not None)
+except BaseException:
+    traceback.print_exc()
+    status = 1
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(status)
 """
 
 
@@ -55,7 +61,7 @@ def run_on_null_gpu(
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
     }  # fmt: skip
     return subprocess.run(
-        [sys.executable, "-c", ENDING + program, *flags], cwd=ROOT, env=environment,
+        [sys.executable, "-c", RUNNER, program, *flags], cwd=ROOT, env=environment,
         timeout=timeout, capture_output=True, text=True,
     )
 

@@ -82,3 +82,53 @@ def test_steps_run_on_a_gpu_and_no_pass_waits(corpus, name):
     for of_step in passes[2:]:
         assert of_step["waits"] == 0
         assert of_step["kernels"] == {key: MICRO_BATCHES * n for key, n in expected.items()}
+
+
+RESUMING = """
+import json
+import torch
+import pretrain_glm
+from megatron.training import training
+
+zeros, train_step, found = torch.zeros, training.train_step, []
+
+# Of what a kernel should write the step counts are asked for.
+def written_zeros(*size, **options):
+    made = zeros(*size, **options)
+    return made.copy_(zeros(made.shape)) if made.numel() == 1 else made
+
+def noting(forward, data, model, optimizer, *arguments, **options):
+    steps = [state["step"] for state in optimizer.chained_optimizers[0].optimizer.state.values()]
+    if not found:
+        places = {step.data_ptr() for step in steps}
+        found[:] = len(steps) == len(places), [step.item() for step in steps]
+    done = train_step(forward, data, model, optimizer, *arguments, **options)
+    for state in optimizer.chained_optimizers[0].optimizer.state.values():
+        assert state["step"].is_cuda
+        state["step"].copy_(torch.tensor(7.0))
+    return done
+
+torch.zeros, training.train_step = written_zeros, noting
+try:
+    pretrain_glm.main()
+except SystemExit as end:
+    assert not end.code
+print("\\n" + json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize(
+    "flags", [["--bf16", "--use-distributed-optimizer"], ["--fp16"]], ids=" ".join
+)
+def test_a_resumed_run_has_its_step_counts_on_the_gpu(corpus, flags, tmp_path):
+    """Each weight its own, as fused Adam wants them, at the number that was saved."""
+
+    def run(until):
+        return pretrain_on_null_gpu(RESUMING, [
+            *corpus.flags, *flags, "--glm-attention-backend", "triton", "--train-iters", "4",
+            "--exit-interval", until, "--save", str(tmp_path), "--load", str(tmp_path),
+        ])  # fmt: skip
+
+    assert run("1") == [True, []]
+    has_own, steps = run("2")
+    assert has_own and len(steps) > LAYERS and set(steps) == {7.0}
