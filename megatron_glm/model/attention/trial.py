@@ -35,7 +35,7 @@ def fastest_backend(
     work on this machine, or for which `check` raises, is passed over.
 
     Raises:
-        GLMError: none works here, with the reasons.
+        GLMError: none works here, with the reasons; one left the GPU unusable.
     """
     milliseconds: dict[str, float] = {}
     reasons: dict[str, str] = {}
@@ -48,6 +48,7 @@ def fastest_backend(
         # Whatever stops a kernel, another one may do.
         except Exception as error:
             reasons[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            _check_context(name)
     if not milliseconds:
         raise GLMError(
             "--glm-attention-backend auto: none works here: "
@@ -64,6 +65,18 @@ def fastest_backend(
         f"{'; '.join(f'{name} {found[name]}' for name in candidates)}. Training with {best}",
     )  # fmt: skip
     return best
+
+
+def _check_context(name: str) -> None:
+    """Whether the GPU answers after an error of a candidate."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        raise GLMError(
+            f"--glm-attention-backend auto: {name} has left the GPU unusable to this process "
+            f"({str(error).partition(chr(10))[0]}); name another backend of "
+            f"{', '.join(CANDIDATES)}, and report it"
+        ) from error
 
 
 def _milliseconds(name: str, setup: AttentionSetup) -> float:

@@ -68,6 +68,20 @@ def test_where_none_works_every_reason_is_given():
     )
 
 
+def test_a_gpu_that_a_backend_has_broken_is_not_asked_on(monkeypatch):
+    def broken():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    with pytest.raises(GLMError) as error:
+        trial.fastest_backend(SETUP, None, lambda setup: broken())
+    assert str(error.value) == (
+        "--glm-attention-backend auto: triton has left the GPU unusable to this process (CUDA "
+        "error: an illegal memory access was encountered); name another backend of triton, flash, "
+        "cudnn, flex, and report it"
+    )
+
+
 @pytest.mark.ranks
 def test_with_dropout_what_has_none_is_not_tried():
     times = {"flash": 0.5, "flex": 1.0, "triton": 1.5, "cudnn": 2.0}
