@@ -6,13 +6,18 @@ README.md has whole commands; `python pretrain_glm.py --help` prints every flag.
 """
 
 import os
+from tempfile import gettempdir
 
 # Tensor parallelism overlaps rightly only when kernels start in the order of their launch. CUDA
 # reads it when it starts, as it does for the patches, which ask whether there is a GPU.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-# FlashAttention-4 keeps the kernels that it compiles for the next start. It reads this when
-# Megatron imports it.
+# Where FlashAttention-4 is installed, Megatron imports it, and it reads these: it keeps the kernels
+# that it compiles for the next start, by default in a folder of the user's name, for want of which
+# in a container the import would fail.
 os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+os.environ.setdefault(
+    "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", f"{gettempdir()}/flash_attention_{os.getuid()}"
+)
 
 import patches  # noqa: E402
 
