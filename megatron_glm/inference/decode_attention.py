@@ -109,7 +109,8 @@ def _joined(pointers, new, is_new, is_kept, exists):
     return tl.where(is_new, new, kept).to(tl.float32)
 
 
-@triton.jit
+# By a multiple of 16 Triton would tell kernels apart, and compile one in the middle of a capture.
+@triton.jit(do_not_specialize=["num_parts"])
 def merge_parts(
     parts_pointer, tops_pointer, sums_pointer, places_pointer, out_pointer, num_parts,
     DIM: tl.constexpr, SIZE: tl.constexpr, PART: tl.constexpr, MERGED: tl.constexpr,

@@ -53,6 +53,14 @@ def steps(engine):
     # The cache moves.
     print(*(step(engine) for _ in range(2)))
 
+def grow(engine):
+    engine.prefill([[1] * 5])
+    # Of 64 tokens a part: by numbers of parts that Triton could take for different kernels.
+    for length in (6, 7, *range(engine.cache.STEP, 6 * engine.cache.STEP, engine.cache.STEP)):
+        engine.cache.lengths = [length]
+        step(engine)
+    assert engine.graphs.enabled
+
 def serve(engine):
     prompt = Prompt(("", ""), (1, 2, 3), (Blank(Mask.GENERATION, 2, 3, 1),))
     service = Service(Filler(engine, Codec), Layout(), max_rows=4, max_waiting=9)
@@ -78,7 +86,7 @@ def spoil(engine):
 count, *flags = sys.argv[1:]
 for form in flags[:int(count)]:
     engine = decode.make_engine(decode.parse(flags[int(count):]), form)
-    for action in (steps, serve, spoil):
+    for action in (steps, grow, serve, spoil):
         engine.cache = engine.new_cache()
         action(engine)
 """
