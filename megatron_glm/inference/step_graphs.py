@@ -5,6 +5,7 @@ A step of few rows takes the host longer to launch than the GPU to compute.
 
 import logging
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 
 import torch
 
@@ -88,9 +89,22 @@ class StepGraphs:
         graph = torch.cuda.CUDAGraph()
         # The outer context is left even if a capture ends in an error. Other threads, as NCCL's,
         # may go on with what a capture forbids.
-        with (
-            torch.cuda.stream(self._stream),
-            torch.cuda.graph(graph, self._pool, self._stream, "thread_local"),
-        ):
-            outputs = step(inputs)
+        try:
+            with (
+                torch.cuda.stream(self._stream),
+                torch.cuda.graph(graph, self._pool, self._stream, "thread_local"),
+            ):
+                outputs = step(inputs)
+        except RuntimeError:
+            self._end_allocation()
+            raise
         return graph, outputs
+
+    def _end_allocation(self) -> None:
+        """Takes torch's allocator out of a capture whose end has failed: until then it gives no
+        memory back, neither this pool's nor, when memory is short, what else it keeps."""
+        device = torch.cuda.current_device()
+        # Refused where the capture has ended well, and only the step has not.
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(device, self._pool)
+            torch._C._cuda_releasePool(device, self._pool)

@@ -77,9 +77,19 @@ def serve(engine):
 
 def spoil(engine):
     decode_step = engine._step
-    engine._step = lambda inputs: inputs.sum().item() or decode_step(inputs)
+
+    def reading(inputs):
+        torch.empty(2**30, dtype=torch.uint8, device="cuda")
+        inputs.sum().item()
+        return decode_step(inputs)
+
+    engine._step = reading
     engine.prefill([[1] * 5] * 20)
+    reserved = torch.cuda.memory_reserved()
     assert [step(engine)[1] for _ in range(3)] == [0, 0, 0] and not engine.graphs.enabled
+    # What a capture and a step of 1 GiB have left can be given back.
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < reserved + 2**29
     # Where all else is.
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
 
