@@ -20,16 +20,20 @@ from megatron_glm.model.attention.half_precision import require_half_precision
 # By its bare name pip would take a placeholder: all of its releases are preliminary.
 INSTALL = "pip install 'flash-attn-4>=4.0.0b36'"
 
+MAJORS = (9, 10, 11)
+"""Compute capabilities of Hopper and of Blackwell in data centres; of 12, Blackwell's for graphics,
+it has no backward pass under a mask."""
+
 if TYPE_CHECKING:
     from megatron_glm.model.attention.flash_kernels import Mask
 
 
 def attention(query, key, value, samples, *, softmax_scale, dropout=None) -> Tensor:
-    """`Attention` in half precision on a GPU of compute capability 9.0 or later.
+    """`Attention` in half precision on a GPU of MAJORS.
 
     Raises:
         GLMError: dropout, --deterministic-mode, a dtype other than bf16 or fp16, a head dimension
-            that is not a multiple of 8 up to 128, an older GPU, FlashAttention-4 is not installed.
+            that is not a multiple of 8 up to 128, another GPU, FlashAttention-4 is not installed.
     """
     require_half_precision("flash", query)
     if dropout is not None:
@@ -42,9 +46,9 @@ def attention(query, key, value, samples, *, softmax_scale, dropout=None) -> Ten
 @cache
 def _kernels():
     major, minor = torch.cuda.get_device_capability()
-    if major < 9:
+    if major not in MAJORS:
         raise _error(
-            f"needs a GPU of compute capability 9.0 or later, this one has {major}.{minor}; take "
+            f"needs a GPU of compute capability 9, 10 or 11, this one has {major}.{minor}; take "
             "another backend"
         )
     try:

@@ -87,7 +87,8 @@ def test_an_order_of_sums_is_refused():
 
 @pytest.mark.parametrize(
     "capability, message",
-    [((8, 0), "needs a GPU of compute capability 9.0 or later, this one has 8.0; take another"),
+    [((8, 0), "needs a GPU of compute capability 9, 10 or 11, this one has 8.0; take another"),
+     ((12, 0), "needs a GPU of compute capability 9, 10 or 11, this one has 12.0; take another"),
      (HOPPER, r"needs FlashAttention-4 \(.*\); pip install 'flash-attn-4>=")],
 )  # fmt: skip
 def test_a_machine_that_lacks_something_is_told_what(monkeypatch, capability, message):
