@@ -1,6 +1,7 @@
 """Which backend trains fastest on this GPU at the shape of the run? Timed before training."""
 
 import logging
+import math
 from collections.abc import Callable
 
 import torch
@@ -31,16 +32,16 @@ def fastest_backend(
 ) -> str:
     """Name of the candidate that takes least for a forward and a backward pass.
 
-    Every rank of the group must call it and gets the answer of the first. A candidate that does not
-    work on this machine, or for which `check` raises, is passed over.
+    Every rank of the group must call it and gets the same answer: a time is the slowest rank's. A
+    candidate that does not work on every machine, or for which `check` raises, is passed over.
 
     Raises:
-        GLMError: none works here, with the reasons; one left the GPU unusable.
+        GLMError: none works, with the reasons, on every rank; one left the GPU unusable.
     """
-    milliseconds: dict[str, float] = {}
-    reasons: dict[str, str] = {}
     left_out = WITHOUT_DROPOUT if setup.dropout_probability > 0.0 else ()
     candidates = [name for name in CANDIDATES if name not in left_out]
+    milliseconds = dict.fromkeys(candidates, math.inf)
+    reasons = dict.fromkeys(candidates, "does not work on another rank")
     for name in candidates:
         try:
             check(setup._replace(backend=name))
@@ -49,20 +50,20 @@ def fastest_backend(
         except Exception as error:
             reasons[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             _check_context(name)
-    if not milliseconds:
-        raise GLMError(
-            "--glm-attention-backend auto: none works here: "
-            f"{'; '.join(f'{name} {reason}' for name, reason in reasons.items())}"
-        )
+    slowest = torch.tensor([*milliseconds.values()], device=setup.device)
+    torch.distributed.all_reduce(slowest, torch.distributed.ReduceOp.MAX, group)
+    milliseconds = dict(zip(candidates, slowest.tolist(), strict=True))
     best = min(milliseconds, key=milliseconds.get)
-    choice = torch.tensor([candidates.index(best)], device=setup.device)
-    torch.distributed.broadcast(choice, group=group, group_src=0)
-    best = candidates[choice.item()]
-    found = {name: f"{time:.2f} ms" for name, time in milliseconds.items()} | reasons
+    found = "; ".join(
+        f"{name} {reasons[name] if time == math.inf else f'{time:.2f} ms'}"
+        for name, time in milliseconds.items()
+    )
+    if milliseconds[best] == math.inf:
+        raise GLMError(f"--glm-attention-backend auto: none works here: {found}")
     log_single_rank(
         logger, logging.INFO,
-        f"attention, forward and backward, of {setup.batch} x {setup.seq_length} tokens: "
-        f"{'; '.join(f'{name} {found[name]}' for name in candidates)}. Training with {best}",
+        f"attention, forward and backward, of {setup.batch} x {setup.seq_length} tokens: {found}. "
+        f"Training with {best}",
     )  # fmt: skip
     return best
 

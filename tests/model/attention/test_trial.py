@@ -44,8 +44,9 @@ def choose(milliseconds: list[dict], dropout: float, wrong: tuple[str, ...] = ()
         ([{"flex": 2.0, "triton": 1.5, "cudnn": 1.0}], "cudnn"),
         ([{"flex": 1.0, "triton": 1.5}], "flex"),
         ([{"flex": 1.0, "flash": 0.9}], "flash"),
-        # Ranks that differ follow the first.
-        ([{"flex": 1.0, "triton": 1.1}, {"flex": 1.1, "triton": 1.0}], "flex"),
+        # The slowest rank counts, and each must be able.
+        ([{"flex": 1.0, "triton": 1.2}, {"flex": 1.1, "triton": 1.0}], "flex"),
+        ([{"flex": 1.0, "triton": 1.1}, {"triton": 1.5}], "triton"),
     ],
 )
 def test_the_fastest_that_works_is_chosen_on_every_rank(milliseconds, best):
@@ -66,6 +67,16 @@ def test_where_none_works_every_reason_is_given():
         "--glm-attention-backend auto: none works here: triton RuntimeError: does not work here; "
         "cudnn GLMError: cudnn computes something else"
     )
+
+
+@pytest.mark.ranks
+def test_where_one_rank_has_none_every_rank_says_so():
+    messages = run_ranks(choose, [{"triton": 1.0}, {}], 0.1, world_size=2)
+    none = "--glm-attention-backend auto: none works here: triton "
+    assert messages == [
+        none + "does not work on another rank; cudnn RuntimeError: does not work here",
+        none + "RuntimeError: does not work here; cudnn RuntimeError: does not work here",
+    ]
 
 
 def test_a_gpu_that_a_backend_has_broken_is_not_asked_on(monkeypatch):
