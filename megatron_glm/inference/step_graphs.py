@@ -39,7 +39,8 @@ class StepGraphs:
 
         step: always the same one. It is captured: values and lengths it may read on the device
         alone, from its inputs or from memory that stays where it is. Rows may be added to it whose
-        inputs are 0. memory: another where what it reads besides its inputs has moved.
+        inputs are 0. memory: another where what it reads besides its inputs has moved or grown,
+        which may change addresses and sizes, but not which kernels a step takes.
         """
         if memory != self._memory:
             self.clear()
