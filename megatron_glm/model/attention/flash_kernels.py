@@ -13,6 +13,7 @@ from flash_attn.cute import utils
 from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 from torch import Tensor
+from torch.nn.functional import pad
 
 from megatron_glm.model.attention.blocks import block_lists, block_masks
 from megatron_glm.model.attention.bounds import token_bounds
@@ -25,7 +26,7 @@ class Mask(NamedTuple):
     """The mask as the kernels take it."""
 
     bounds: tuple[Tensor, Tensor]
-    """First key that each query sees and one past the last, int32 [b, s]."""
+    """First key that each query sees and one past the last, int32 [b, s], up to whole blocks."""
     forward: BlockSparseTensorsTorch
     """Of each block of queries the blocks of keys."""
     backward: BlockSparseTensorsTorch
@@ -43,7 +44,9 @@ def make_mask(samples: Tensor, seq_length: int) -> Mask:
         )
         for some, every in ((partial, full), (partial.mT, full.mT))
     )
-    return Mask((bounds.key_start, bounds.key_end), forward, backward)
+    # On Hopper the rows of a last block that are past the end ask too, and nobody heeds the answer.
+    beyond = (0, -seq_length % queries)
+    return Mask((pad(bounds.key_start, beyond), pad(bounds.key_end, beyond)), forward, backward)
 
 
 def queries_of_a_block(capability: tuple[int, int]) -> int:

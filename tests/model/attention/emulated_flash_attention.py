@@ -32,11 +32,13 @@ def visited(blocks, rows_are_queries, seq_length, mask_mod, bounds) -> Tensor:
             for row in range(count.shape[2]):
                 for column in index[b, 0, row, : count[b, 0, row]].tolist():
                     m, n = (row, column) if rows_are_queries else (column, row)
-                    q = token[m * queries : (m + 1) * queries, None]
+                    # At the end of the sequence the mask is asked about rows past it as well.
+                    q = torch.arange(m * queries, (m + 1) * queries)[:, None]
                     k = token[None, n * keys : (n + 1) * keys]
                     area = (b, slice(q[0, 0], q[-1, 0] + 1), slice(k[0, 0], k[0, -1] + 1))
                     assert not seen[area].any(), "a block is listed twice"
-                    seen[area] = is_full or mask_mod((b,), (0,), (q,), k, None, bounds)
+                    asked = is_full or mask_mod((b,), (0,), (q,), k, None, bounds)
+                    seen[area] = is_full or asked[: seen[area].shape[0]]
     return seen
 
 
