@@ -93,7 +93,8 @@ def test_an_order_of_sums_is_refused():
 )  # fmt: skip
 def test_a_machine_that_lacks_something_is_told_what(monkeypatch, capability, message):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    for module in ("flash_attn", "flash_attn.cute", "flash_attn.cute.utils"):
+        monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules, KERNELS, raising=False)
     flash._kernels.cache_clear()
     with pytest.raises(GLMError, match="--glm-attention-backend flash: " + message):
