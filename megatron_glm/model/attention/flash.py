@@ -17,15 +17,15 @@ from megatron_glm.errors import GLMError
 from megatron_glm.model.attention.bounds import PerBatch
 from megatron_glm.model.attention.half_precision import require_half_precision
 
+if TYPE_CHECKING:
+    from megatron_glm.model.attention.flash_kernels import Mask
+
 # By its bare name pip would take a placeholder: all of its releases are preliminary.
 INSTALL = "pip install 'flash-attn-4>=4.0.0b36'"
 
 MAJORS = (9, 10, 11)
 """Compute capabilities of Hopper and of Blackwell in data centres; of 12, Blackwell's for graphics,
 it has no backward pass under a mask."""
-
-if TYPE_CHECKING:
-    from megatron_glm.model.attention.flash_kernels import Mask
 
 
 def attention(query, key, value, samples, *, softmax_scale, dropout=None) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from megatron_glm.errors import GLMError
 from megatron_glm.model.attention.backends import load_backend
 from megatron_glm.model.dropout import draw_dropout
+from tests.model.attention.libraries import skip_without_library
 from tests.model.attention.packs import random_inputs, run, samples_from
 
 pytest.importorskip("triton")
@@ -28,7 +29,7 @@ def test_refusals_name_the_backend(dtype, dim, message):
 @pytest.mark.gpu
 def test_dropout_on_gpu():
     """With values that name their keys the output is the mask itself; the gradient agrees."""
-    pytest.importorskip("cudnn")
+    skip_without_library("cudnn")
     samples = samples_from([[(40, 17), (24, 0)], [(64, 64)]]).cuda()
     mixed, grad = (x.to("cuda", torch.bfloat16) for x in random_inputs(samples, 2, 64))
     mixed[..., 128:] = torch.eye(64, device="cuda")[:, None, None]
